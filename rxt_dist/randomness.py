@@ -59,7 +59,8 @@ def uniform(keys: UInt64Array) -> npt.NDArray[np.float64]:
     return np.asarray((keys >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
-def _signed(value: int) -> int:
+def signed_key(value: int) -> int:
+    """The int64 with the same 64 bits as an unsigned key, for use with int64 tensors."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -70,9 +71,9 @@ def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
 
 def fold_in_tensor(keys: torch.Tensor, counters: torch.Tensor | int) -> torch.Tensor:
     """The torch twin of :func:`fold_in`: int64 tensors hold the same 64 bits."""
-    value = keys + _signed(_GOLDEN) + counters
-    value = (value ^ _shift_right(value, 30)) * _signed(_MIX_1)
-    value = (value ^ _shift_right(value, 27)) * _signed(_MIX_2)
+    value = keys + signed_key(_GOLDEN) + counters
+    value = (value ^ _shift_right(value, 30)) * signed_key(_MIX_1)
+    value = (value ^ _shift_right(value, 27)) * signed_key(_MIX_2)
     return value ^ _shift_right(value, 31)
 
 

@@ -1,0 +1,169 @@
+"""Speed of the data path in one thread: reading, packing plus batching, and planning the order.
+
+    python -m benchmarks.data [--tokens 20000000] [--folder /fast/disk]
+
+Two synthetic datasets are built in a temporary folder: documents of about 1,024 tokens, and conversations
+of 5 interactions of about 20 tokens. Rates are the best of --repeats runs with a warm page cache, except
+"first read", which includes the check and decoding of every block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rxt_dist.data.batch import MaskPlan, build_text_batch, count_pack
+from rxt_dist.data.format import ConversationTokens, Kind, ShardWriter, token_dtype
+from rxt_dist.data.manifest import Manifest, ShardInfo, SplitCounts, fingerprint_of, write_manifest
+from rxt_dist.data.order import PackCursor, PackStream
+from rxt_dist.data.pieces import InteractionPieces, TextPieces
+from rxt_dist.data.reader import Dataset
+
+VOCAB = 32_000
+SEQ_LEN = 2048
+INTERACTIONS = 5
+
+
+def documents(tokens: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Documents of 512..1,536 tokens."""
+    lengths = rng.integers(512, 1537, tokens // 1024)
+    return [rng.integers(7, VOCAB, n) for n in lengths]
+
+
+def conversations(tokens: int, rng: np.random.Generator) -> list[ConversationTokens]:
+    """Conversations of 5 interactions: queries and answers of 6..14 tokens."""
+    count = tokens // (20 * INTERACTIONS)
+    lengths = rng.integers(6, 15, (count, 2 * INTERACTIONS))
+    return [
+        ConversationTokens([rng.integers(7, VOCAB, n) for n in row], [1, 2] * INTERACTIONS) for row in lengths
+    ]
+
+
+def write_dataset(folder: Path, kind: Kind, items: list[np.ndarray] | list[ConversationTokens]) -> Path:
+    """Write ``items`` as the train split, in 8 shards."""
+    (folder / "train").mkdir(parents=True)
+    shards: list[ShardInfo] = []
+    size = -(-len(items) // 8)
+    for number in range(8):
+        path = folder / "train" / f"rxt-train-{number:06d}.tar"
+        with ShardWriter(path, kind, token_dtype(VOCAB), number) as writer:
+            for item in items[number * size : (number + 1) * size]:
+                writer.add(item)
+            shards.append(writer.close())
+    names = ("documents", "conversations", "interactions", "tokens")
+    totals = SplitCounts(truncated=0, **{name: sum(getattr(s, name) for s in shards) for name in names})
+    manifest = Manifest(
+        format_version=1,
+        dataset_id="benchmark",
+        kind=kind,
+        created_by="benchmarks.data",
+        dtype="uint16",
+        byte_order="little",
+        vocab_size=VOCAB,
+        special_tokens={},
+        tokenizer_sha256="0" * 64,
+        val_fraction=0.0,
+        source=[],
+        counts={"train": totals},
+        shards=shards,
+        fingerprint="0" * 64,
+    )
+    write_manifest(folder, manifest.model_copy(update={"fingerprint": fingerprint_of(manifest)}))
+    return folder
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def bench_source(
+    source: TextPieces | InteractionPieces, pack_tokens: int, repeats: int
+) -> list[tuple[str, float]]:
+    """Rates of one dataset in tokens a second."""
+    total = int(source.lengths.sum())
+    stream = PackStream(source.lengths, key=1, pack_tokens=pack_tokens)
+    plan, packs, cursor = MaskPlan(1, 0.15), [], PackCursor()
+    while cursor.epoch == 0:
+        pack, cursor = stream.next_pack(cursor)
+        packs.append(pack)
+    total = sum(int(source.lengths[p.pieces].sum()) for p in packs)
+
+    def read() -> None:
+        for pack in packs:
+            source.read_tokens(pack.pieces)
+
+    def batch() -> None:
+        place = PackCursor()
+        for _ in packs:
+            pack, place = stream.next_pack(place)
+            count_pack(source, pack, plan)
+            build_text_batch(source, pack, plan, mask_id=4)
+
+    def count() -> None:
+        for pack in packs:
+            count_pack(source, pack, plan)
+
+    first = seconds(read)
+    works = {"read again": read, "pack + count + batch": batch, "global counts only": count}
+    rates = {name: total / min(seconds(work) for _ in range(repeats)) for name, work in works.items()}
+    return [("first read (crc, decode)", total / first), *rates.items()]
+
+
+def bench_order(pieces: int, repeats: int) -> float:
+    """Pieces a second of planning one whole epoch, permutation included."""
+    lengths = np.random.default_rng(0).integers(1, 1025, pieces)
+
+    def epoch() -> None:
+        stream, cursor = PackStream(lengths, key=1, pack_tokens=16_384), PackCursor()
+        while cursor.epoch == 0:
+            _, cursor = stream.next_pack(cursor)
+
+    # The last pack runs over into epoch 1, so two permutations are made for one epoch of packs.
+    return pieces / min(seconds(epoch) for _ in range(repeats))
+
+
+def main() -> None:
+    """Build the datasets, measure, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=20_000_000, help="tokens of each dataset")
+    parser.add_argument("--pieces", type=int, default=2_000_000, help="pieces of the planned order")
+    parser.add_argument("--pack-tokens", type=int, default=16_384)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where the temporary datasets are written")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    print(
+        f"python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}, one thread"
+    )
+    print(f"{arguments.tokens:,} tokens a dataset, packs of {arguments.pack_tokens:,} tokens\n")
+    print(f"{'data':28}{'work':30}{'rate':>12}")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
+        text = write_dataset(Path(temporary) / "text", "text", documents(arguments.tokens, rng))
+        talk = write_dataset(Path(temporary) / "talk", "conversations", conversations(arguments.tokens, rng))
+        for name, source in (
+            ("documents of ~1,024 tokens", TextPieces(Dataset(text, "train"), SEQ_LEN)),
+            ("interactions of ~20 tokens", InteractionPieces(Dataset(talk, "train"), SEQ_LEN)),
+        ):
+            for work, rate in bench_source(source, arguments.pack_tokens, arguments.repeats):
+                print(f"{name:28}{work:30}{rate / 1e6:>8.1f} M tokens/s")
+    rate = bench_order(arguments.pieces, arguments.repeats)
+    print(
+        f"{f'{arguments.pieces:,} pieces':28}{'order and packs of an epoch':30}{rate / 1e6:>8.1f} M pieces/s"
+    )
+
+
+if __name__ == "__main__":
+    main()

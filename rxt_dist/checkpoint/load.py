@@ -1,0 +1,129 @@
+"""Find, verify and read checkpoints; nothing is read before its hash is checked."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from rxt_dist.checkpoint.fragments import Fragment, FragmentLoadPlanner, canonical_parts
+from rxt_dist.checkpoint.save import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    TENSORS_FOLDER,
+    file_sha256,
+    list_checkpoints,
+)
+from rxt_dist.checkpoint.state import TrainerState
+from rxt_dist.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def find_checkpoint(run_dir: Path) -> Path | None:
+    """Newest sound checkpoint of a run, or None when it has none.
+
+    A damaged one is passed over with a warning. Raises :class:`CheckpointError` when there are
+    checkpoints but none is sound.
+    """
+    candidates = list_checkpoints(run_dir / "checkpoints")
+    for path in candidates:
+        problems = verify_checkpoint(path)
+        if not problems:
+            return path
+        logger.warning("checkpoint %s is damaged (%s); trying the one before it", path, problems[0])
+    if candidates:
+        raise CheckpointError(
+            f"{run_dir / 'checkpoints'}: all {len(candidates)} checkpoints are damaged; start a new run "
+            "or give an undamaged one with --init-from"
+        )
+    return None
+
+
+def verify_checkpoint(path: Path) -> list[str]:
+    """Compare every file with the manifest; returns the problems found, empty when sound."""
+    try:
+        files = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return [f"{MANIFEST_FILE} is missing"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{MANIFEST_FILE} is not readable"]
+    problems = []
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != expected["bytes"]:
+            problems.append(f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
+        elif file_sha256(file) != expected["sha256"]:
+            problems.append(f"{name} has changed since it was written")
+    return problems
+
+
+class CheckpointReader:
+    """Read access to one checkpoint folder whose files have been verified.
+
+    Raises :class:`CheckpointError` when ``path`` is not a checkpoint or is damaged. ``verified=True``
+    skips the hashes when another rank has just checked them.
+    """
+
+    def __init__(self, path: Path, *, verified: bool = False) -> None:
+        self.path = path
+        if not (path / MANIFEST_FILE).is_file():
+            raise CheckpointError(
+                f"{path} is not a checkpoint: it has no {MANIFEST_FILE}; give a folder such as "
+                "RUN_DIR/checkpoints/step-00001000"
+            )
+        if not verified and (problems := verify_checkpoint(path)):
+            raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
+        try:
+            values = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path / STATE_FILE} is not valid JSON: {error}") from error
+        self.state = TrainerState.from_dict(values, str(path / STATE_FILE))
+
+    def load_weights(self, model: torch.nn.Module, *, allow_missing: bool = False) -> list[str]:
+        """Fill the fp32 CPU parameters of ``model`` in place, whole, whatever mesh wrote them.
+
+        Returns the canonical names the checkpoint lacks (only with ``allow_missing``). Raises
+        :class:`CheckpointError` naming a tensor that is missing or has another shape.
+        """
+        wanted: dict[str, Fragment] = {}
+        missing = []
+        parameters = dict(model.named_parameters())
+        for name, parts in canonical_parts(model).items():
+            flat = parameters[name].data.view(-1)
+            for part in parts:
+                stored = self.state.tensor_shapes.get(part.name)
+                if stored is None:
+                    missing.append(part.name)
+                elif tuple(stored) != part.shape:
+                    raise CheckpointError(
+                        f"{self.path}: tensor {part.name} has shape {list(stored)}; this model needs "
+                        f"{list(part.shape)}"
+                    )
+                else:
+                    values = flat[part.start : part.start + part.numel]
+                    wanted[f"weight.{part.name}"] = Fragment(part.numel, 0, values)
+        if missing and not allow_missing:
+            raise CheckpointError(f"{self.path}: the checkpoint has no tensor {missing[0]}")
+        self._read(wanted)
+        return missing
+
+    def load_fragments(self, fragments: Mapping[str, Fragment]) -> None:
+        """Fill the values of the given fragments in place, each from its key in the checkpoint."""
+        self._read(dict(fragments))
+
+    def _read(self, wanted: dict[str, Any]) -> None:
+        if not wanted:
+            return
+        reader = dcp.FileSystemReader(self.path / TENSORS_FOLDER)
+        known = set(reader.read_metadata().state_dict_metadata)
+        if absent := sorted(set(wanted) - known):
+            raise CheckpointError(f"{self.path}: the checkpoint has no entry {absent[0]}")
+        dcp.load(wanted, storage_reader=reader, planner=FragmentLoadPlanner(), no_dist=True)

@@ -1,0 +1,148 @@
+"""Write one checkpoint so that it is complete or absent, whatever happens meanwhile.
+
+Everything is written into ``step-N.tmp``; files and folder are synced, then the folder is renamed and
+``latest`` replaced by rename. A folder without ``.tmp`` is therefore always complete, and its
+``manifest.json`` (written last) lets a reader detect later damage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from rxt_dist.checkpoint.fragments import Fragment, FragmentSavePlanner
+from rxt_dist.checkpoint.state import TrainerState
+
+logger = logging.getLogger(__name__)
+
+TENSORS_FOLDER = "tensors"
+STATE_FILE = "trainer.json"
+MANIFEST_FILE = "manifest.json"
+LATEST_FILE = "latest"
+_READ_BYTES = 1 << 22
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(_READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def save_checkpoint(
+    run_dir: Path,
+    state: TrainerState,
+    tensors: Mapping[str, Fragment],
+    *,
+    text_files: Mapping[str, str],
+    keep_last: int,
+) -> Path:
+    """Save on all ranks together and return the finished folder.
+
+    ``tensors`` holds this rank's fragments by key (``weight.NAME``, ``exp_avg.NAME``,
+    ``exp_avg_sq.NAME``); every element must be held by exactly one rank. ``text_files`` (name ->
+    content, written by rank 0) travel with the checkpoint. The ``keep_last`` newest checkpoints stay.
+    Raises OSError when the disk refuses; the previous checkpoint is untouched then.
+    """
+    final = checkpoint_folder(run_dir, state.step)
+    temporary = final.with_name(final.name + ".tmp")
+    main = dist.get_rank() == 0
+    if main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    writer = dcp.FileSystemWriter(temporary / TENSORS_FOLDER, sync_files=True)
+    dcp.save(dict(tensors), storage_writer=writer, planner=FragmentSavePlanner())
+    hashes = _gather_hashes(temporary / TENSORS_FOLDER)
+    if main:
+        _write_synced(temporary / STATE_FILE, json.dumps(state.to_dict(), indent=1))
+        for name, content in text_files.items():
+            _write_synced(temporary / name, content)
+        for path in sorted(temporary.iterdir()):
+            if path.is_file():
+                hashes[path.name] = file_sha256(path)
+        files = {
+            name: {"sha256": value, "bytes": (temporary / name).stat().st_size}
+            for name, value in hashes.items()
+        }
+        _write_synced(temporary / MANIFEST_FILE, json.dumps({"files": files}, indent=1, sort_keys=True))
+        _publish(temporary, final)
+        _remove_old(final.parent, keep_last)
+    dist.barrier()
+    return final
+
+
+def _gather_hashes(folder: Path) -> dict[str, str]:
+    """Hash every tensor file once, on the rank that wrote it; the metadata file on rank 0."""
+    rank = dist.get_rank()
+    own = {
+        f"{TENSORS_FOLDER}/{path.name}": file_sha256(path)
+        for path in sorted(folder.iterdir())
+        if path.name.startswith(f"__{rank}_") or (rank == 0 and path.name == ".metadata")
+    }
+    gathered: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, own)
+    return {name: value for part in gathered for name, value in part.items()}
+
+
+def _write_synced(path: Path, content: str) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    _sync_folder(temporary / TENSORS_FOLDER)
+    _sync_folder(temporary)
+    if final.exists():
+        # Only a damaged checkpoint that a resume went behind can be in the way; it is replaced.
+        shutil.rmtree(final)
+    temporary.rename(final)
+    latest = final.parent / LATEST_FILE
+    _write_synced(latest.with_name(LATEST_FILE + ".tmp"), final.name + "\n")
+    latest.with_name(LATEST_FILE + ".tmp").replace(latest)
+    _sync_folder(final.parent)
+
+
+def _remove_old(folder: Path, keep_last: int) -> None:
+    for path in list_checkpoints(folder)[keep_last:]:
+        logger.info("removing old checkpoint %s", path.name)
+        # Renamed first so that a half-removed folder is never taken for a checkpoint.
+        doomed = path.with_name(path.name + ".tmp")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints in ``folder``, newest first."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def cpu_copy(values: torch.Tensor) -> torch.Tensor:
+    """An fp32 copy in host memory, safe to write while training goes on."""
+    return values.detach().to(device="cpu", dtype=torch.float32, copy=True)

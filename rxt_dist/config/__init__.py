@@ -1,0 +1,71 @@
+"""Configuration: the schema of models and runs, and how it is read, checked and handed to DeepSpeed."""
+
+from rxt_dist.config.dataset import resolve_dataset
+from rxt_dist.config.deepspeed import deepspeed_config
+from rxt_dist.config.load import CONFIG_FOLDER, available, load_config, load_model_config, save_resolved
+from rxt_dist.config.mesh import accumulation_steps, check_world_size, micro_packs
+from rxt_dist.config.model import (
+    AttentionConfig,
+    DecoderConfig,
+    EncoderConfig,
+    GateConfig,
+    MemoryAttentionConfig,
+    ModelConfig,
+    MoEConfig,
+    SpecialTokens,
+    StmInitConfig,
+)
+from rxt_dist.config.run import (
+    STAGE_DATA,
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    MetricsConfig,
+    OptimizerConfig,
+    OptimizerOverrides,
+    ParallelConfig,
+    PrometheusConfig,
+    RunConfig,
+    RuntimeConfig,
+    StageConfig,
+    ZeroConfig,
+    stage_optimizer,
+)
+
+__all__ = [
+    "CONFIG_FOLDER",
+    "STAGE_DATA",
+    "AttentionConfig",
+    "BatchConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DecoderConfig",
+    "EncoderConfig",
+    "EvaluationConfig",
+    "GateConfig",
+    "MemoryAttentionConfig",
+    "MetricsConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "OptimizerOverrides",
+    "ParallelConfig",
+    "PrometheusConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "SpecialTokens",
+    "StageConfig",
+    "StmInitConfig",
+    "ZeroConfig",
+    "accumulation_steps",
+    "available",
+    "check_world_size",
+    "deepspeed_config",
+    "load_config",
+    "load_model_config",
+    "micro_packs",
+    "resolve_dataset",
+    "save_resolved",
+    "stage_optimizer",
+]

@@ -1,0 +1,269 @@
+"""A run: the model, how it is parallelised, its data, its stages and everything around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rxt_dist.config.base import Problem, Section, divisors, listed, report
+from rxt_dist.config.deepspeed import override_problems
+from rxt_dist.config.model import ModelConfig
+
+# A YAML text is a path and a YAML list is a pair; nothing else is converted.
+ConfigPath = Annotated[Path, Field(strict=False)]
+Betas = Annotated[
+    tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
+]
+StageName = Literal["joint_lm", "interaction_sft"]
+DataKind = Literal["text", "conversations"]
+
+STAGE_DATA: dict[StageName, DataKind] = {"joint_lm": "text", "interaction_sft": "conversations"}
+"""The dataset that each stage trains on, as a field of :class:`DataConfig`."""
+
+
+class ParallelConfig(Section):
+    """The mesh; the data-parallel size is the world size divided by tensor_size."""
+
+    tensor_size: int = Field(1, ge=1)
+    """Ranks that share the attention heads and the feed-forward of a layer (axis tp)."""
+    expert_size: int = Field(1, ge=1)
+    """Ranks that share the experts of a layer (axis ep)."""
+
+
+class ZeroConfig(Section):
+    """Sharding of optimizer state and gradients over the data-parallel ranks (DeepSpeed ZeRO)."""
+
+    stage: int = Field(1, ge=1, le=2)
+    """1: optimizer state is sharded; 2: gradients too."""
+    reduce_bucket_size: int = Field(500_000_000, ge=1)
+    """Gradient elements that are reduced together; larger is fewer messages and more memory."""
+    overlap_comm: bool = True
+    """Whether gradients are reduced while the backward pass still runs."""
+
+
+class DataConfig(Section):
+    """Dataset folders made by `rxt-data`; a relative path is relative to the current folder."""
+
+    text: ConfigPath | None = None
+    """Dataset of documents, for stage joint_lm."""
+    conversations: ConfigPath | None = None
+    """Dataset of conversations, for stage interaction_sft."""
+
+
+class BatchConfig(Section):
+    """What one optimizer step trains on; the same on every mesh."""
+
+    packs: int = Field(ge=1)
+    """Packs of every optimizer step, over all ranks."""
+    pack_tokens: int = Field(ge=8)
+    """Most tokens of a pack; at least model.seq_len."""
+    micro_packs: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Packs that a rank processes at once, the rest is accumulated; auto: all packs of the rank."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule; a stage may override any field."""
+
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate."""
+    betas: Betas = (0.9, 0.999)
+    """Decay of the running mean and of the running mean square of the gradient."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the mean square."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0, at most the steps of the stage."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: cosine to min_lr_ratio · lr at the stage's last step, or constant."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Learning rate at the end of the cosine, as a share of lr."""
+    clip_norm: float = Field(1.0, ge=0)
+    """Global gradient norm above which gradients are scaled down; 0: no clipping."""
+
+
+class OptimizerOverrides(Section):
+    """Fields of the run's `optimizer` that differ in one stage; null: as in the run."""
+
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate."""
+    betas: Betas | None = None
+    """Decay of the running mean and of the running mean square of the gradient."""
+    eps: float | None = Field(None, gt=0)
+    """Added to the root of the mean square."""
+    weight_decay: float | None = Field(None, ge=0)
+    """Decoupled weight decay."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps over which the learning rate rises from 0, at most the steps of the stage."""
+    schedule: Literal["cosine", "constant"] | None = None
+    """Learning rate after the warm-up."""
+    min_lr_ratio: float | None = Field(None, ge=0, le=1)
+    """Learning rate at the end of the cosine, as a share of lr."""
+    clip_norm: float | None = Field(None, ge=0)
+    """Global gradient norm above which gradients are scaled down; 0: no clipping."""
+
+
+class StageConfig(Section):
+    """One training objective; stages run in the order of the list, each from the previous one's result."""
+
+    name: StageName
+    """joint_lm: masked-LM and autoregressive loss on text; interaction_sft: both on single interactions."""
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    components: Literal["joint", "encoder", "decoder"] = "joint"
+    """What is trained: encoder (with the MLM head) and decoder together, or one of them alone."""
+    optimizer: OptimizerOverrides = Field(default_factory=OptimizerOverrides)
+    """Fields of the run's `optimizer` that differ in this stage."""
+    masking_probability: float = Field(0.15, gt=0, lt=1)
+    """Probability that a token of the encoder's input is replaced by [MASK] and predicted."""
+    encoder_loss_scale: float = Field(1.0, ge=0)
+    """Factor of the masked-LM loss."""
+    decoder_loss_scale: float = Field(1.0, ge=0)
+    """Factor of the autoregressive loss."""
+    noise_level: float = Field(0.0, ge=0)
+    """Standard deviation of the noise added to the encoder's layers before the decoder reads them."""
+    slot_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that the decoder reads zeros in place of a token's row of an encoder layer."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        encoder, decoder = self.encoder_loss_scale > 0, self.decoder_loss_scale > 0
+        if self.components == "joint" and not (encoder or decoder):
+            rule = "found 0, as decoder_loss_scale, so that nothing would train; set one of them above 0"
+            report([Problem("encoder_loss_scale", rule)])
+        for component, scaled in (("encoder", encoder), ("decoder", decoder)):
+            if self.components == component and not scaled:
+                field = f"{component}_loss_scale"
+                report([Problem(field, f"found 0 with components {component}; valid: above 0")])
+        return self
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many stay."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between checkpoints (null: none besides the one at the end of every stage)."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class PrometheusConfig(Section):
+    """The metrics exporter of each rank."""
+
+    enabled: bool = True
+    """Whether metrics are served over HTTP."""
+    host: str = Field("127.0.0.1", min_length=1)
+    """Address to bind; 0.0.0.0 opens the metrics to the network."""
+    base_port: int = Field(9400, ge=1024, le=65000)
+    """Port of local rank 0; local rank r serves on base_port + r."""
+
+
+class MetricsConfig(Section):
+    """Logging and monitoring."""
+
+    log_every_steps: int = Field(1, ge=1)
+    """Optimizer steps between log lines."""
+    prometheus: PrometheusConfig = Field(default_factory=PrometheusConfig)
+    """The metrics exporter."""
+
+
+class EvaluationConfig(Section):
+    """Validation at the end of every stage."""
+
+    max_packs: int | None = Field(None, ge=1)
+    """Most packs of the validation split that are evaluated (null: the whole split)."""
+    samples: int = Field(3, ge=0)
+    """Continuations that are generated."""
+    sample_tokens: int = Field(48, ge=1)
+    """Most tokens of a generated continuation."""
+    temperature: float = Field(0.0, ge=0)
+    """Sampling temperature of the continuations; 0: always the most probable token."""
+
+
+class RuntimeConfig(Section):
+    """Where the run writes, and how it executes."""
+
+    run_dir: ConfigPath
+    """Folder of the run's checkpoints, logs and resolved configuration."""
+    attention_backend: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    """Attention kernel; auto: the fastest that the device and the precision allow."""
+    collective_timeout_seconds: int = Field(1800, ge=1)
+    """Seconds after which a hung collective operation ends the run."""
+    data_prefetch_steps: int = Field(2, ge=1)
+    """Optimizer steps that the loader prepares ahead."""
+
+
+class RunConfig(Section):
+    """Everything a run depends on."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of all randomness: initialisation, data order, masking, noise."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of parameters and activations; bf16 keeps fp32 master weights in the optimizer."""
+    model: ModelConfig
+    """The model; in a file also the name of a model file."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """The mesh."""
+    zero: ZeroConfig = Field(default_factory=ZeroConfig)
+    """Sharding of optimizer state and gradients."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """The datasets."""
+    batch: BatchConfig
+    """What one optimizer step trains on."""
+    stages: list[StageConfig] = Field(min_length=1)
+    """The training stages, in order."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """Optimizer and schedule of all stages."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    """Logging and monitoring."""
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """Validation."""
+    runtime: RuntimeConfig
+    """Where the run writes, and how it executes."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Raw DeepSpeed settings merged into the generated ones; keys that our own fields set are refused."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        report([*self._batch_problems(), *self._stage_problems(), *self._engine_problems()])
+        return self
+
+    def _batch_problems(self) -> list[Problem]:
+        problems = []
+        batch = self.batch
+        if batch.pack_tokens < self.model.seq_len:
+            valid = f"must hold the longest sequence, valid: model.seq_len ({self.model.seq_len}) or more"
+            problems.append(Problem("batch.pack_tokens", f"found {batch.pack_tokens}; {valid}"))
+        if batch.micro_packs != "auto" and batch.packs % batch.micro_packs:
+            valid = f"must divide batch.packs ({batch.packs}), valid: auto, {listed(divisors(batch.packs))}"
+            problems.append(Problem("batch.micro_packs", f"found {batch.micro_packs}; {valid}"))
+        return problems
+
+    def _stage_problems(self) -> list[Problem]:
+        problems = []
+        for index, stage in enumerate(self.stages):
+            warmup = stage_optimizer(self, stage).warmup_steps
+            if warmup > stage.steps:
+                own = stage.optimizer.warmup_steps is not None
+                field = f"stages.{index}.optimizer.warmup_steps" if own else "optimizer.warmup_steps"
+                rule = f"must not exceed the steps of stage {index} ({stage.name})"
+                problems.append(Problem(field, f"found {warmup}; {rule}, valid: 0 to {stage.steps}"))
+        return problems
+
+    def _engine_problems(self) -> list[Problem]:
+        problems = [problem.under("deepspeed") for problem in override_problems(self.deepspeed)]
+        backend = self.runtime.attention_backend
+        if backend in ("flash", "varlen") and self.precision != "bf16":
+            valid = f"needs precision bf16, precision is {self.precision}; valid: auto, sdpa"
+            problems.append(Problem("runtime.attention_backend", f"found {backend}; {valid}"))
+        return problems
+
+
+def stage_optimizer(config: RunConfig, stage: StageConfig) -> OptimizerConfig:
+    """The optimizer settings of ``stage``: the run's, overridden field by field."""
+    overrides = stage.optimizer.model_dump(exclude_none=True)
+    return config.optimizer.model_copy(update=overrides)

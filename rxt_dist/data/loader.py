@@ -1,0 +1,155 @@
+"""From the global order to the micro-batches of one rank, for the text stages."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from rxt_dist.data.batch import MaskPlan, TextBatch, build_text_batch, count_pack
+from rxt_dist.data.order import PackCursor, PackStream, concatenate_packs, packs_in_index_order
+from rxt_dist.data.pieces import PieceSource
+from rxt_dist.data.prefetch import Prefetcher
+from rxt_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TextStep:
+    """What one rank processes in one optimizer step."""
+
+    batches: list[TextBatch]
+    """Micro-batches of this rank, in order."""
+    counts: dict[str, int]
+    """Counts of the whole step over all ranks: "tokens", "masked", "next"."""
+    cursor: PackCursor
+    """State after this step: a loader that starts from it continues with the next step."""
+    wait_seconds: float = field(default=0.0, compare=False)
+    """Seconds that the training loop waited for this step's data."""
+
+
+class TextLoader:
+    """Endless iterator over the steps of one rank.
+
+    A global step is ``packs`` consecutive packs of the global order; rank r takes packs
+    [r packs/dp_size, (r+1) packs/dp_size) and processes ``micro_packs`` of them at once. Neither
+    ``dp_size`` nor ``micro_packs`` changes what the step holds. Steps are built by a background thread,
+    ``prefetch_steps`` ahead; call :meth:`close` (or use ``with``) when done.
+    """
+
+    def __init__(
+        self,
+        source: PieceSource,
+        *,
+        key: int,
+        packs: int,
+        pack_tokens: int,
+        micro_packs: int,
+        dp_rank: int,
+        dp_size: int,
+        masking_probability: float,
+        mask_id: int,
+        cursor: PackCursor | None = None,
+        prefetch_steps: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        """``key`` identifies the stage of the run: order, masks and token keys derive from it.
+
+        Raises:
+            ConfigError: ``packs`` is not a multiple of ``dp_size * micro_packs``.
+            DataError: a piece is longer than ``pack_tokens``.
+        """
+        if packs < 1 or micro_packs < 1 or packs % (dp_size * micro_packs):
+            raise ConfigError(
+                f"batch.packs: {packs} must be a positive multiple of dp x batch.micro_packs = "
+                f"{dp_size} x {micro_packs}"
+            )
+        share = packs // dp_size
+        plan = _RankPlan(
+            source=source,
+            stream=PackStream(source.lengths, key=key, pack_tokens=pack_tokens),
+            masks=MaskPlan(key, masking_probability),
+            mask_id=mask_id,
+            packs=packs,
+            micro_batches=[
+                range(start, start + micro_packs)
+                for start in range(dp_rank * share, (dp_rank + 1) * share, micro_packs)
+            ],
+            pin_memory=pin_memory and torch.cuda.is_available(),
+        )
+        self._prefetcher = Prefetcher(plan.steps(cursor or PackCursor()), prefetch_steps)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> TextStep:
+        """The next step. Raises DataError when a shard is missing or damaged."""
+        step, wait_seconds = self._prefetcher.get()
+        return replace(step, wait_seconds=wait_seconds)
+
+    def close(self) -> None:
+        """Stop the background thread; the loader cannot be used any more."""
+        self._prefetcher.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class _RankPlan:
+    """Everything that decides what one rank reads; the background thread holds nothing else."""
+
+    source: PieceSource
+    stream: PackStream
+    masks: MaskPlan
+    mask_id: int
+    packs: int
+    micro_batches: list[range]
+    """Packs of the step that form each micro-batch of this rank."""
+    pin_memory: bool
+
+    def steps(self, cursor: PackCursor) -> Iterator[TextStep]:
+        """The endless steps of this rank from ``cursor`` on."""
+        while True:
+            packs, cursor = self.stream.next_packs(cursor, self.packs)
+            counts = count_pack(self.source, concatenate_packs(packs), self.masks)
+            batches = []
+            for members in self.micro_batches:
+                pack = concatenate_packs([packs[i] for i in members])
+                batch = build_text_batch(self.source, pack, self.masks, self.mask_id)
+                batches.append(batch.pin_memory() if self.pin_memory else batch)
+            yield TextStep(batches, counts, cursor)
+
+
+def evaluation_batches(
+    source: PieceSource,
+    *,
+    key: int,
+    pack_tokens: int,
+    dp_rank: int,
+    dp_size: int,
+    masking_probability: float,
+    mask_id: int,
+    max_packs: int | None,
+) -> Iterator[TextBatch | None]:
+    """One fixed pass over all pieces in index order, cut into packs that are dealt to the ranks in turn.
+
+    Every rank gets the same number of items: batch i of rank r is pack ``i dp_size + r``, or None when
+    there is no such pack. ``max_packs`` limits the packs of all ranks together (None: the whole split).
+    The content is the same for every ``dp_size`` and at every call.
+
+    Raises:
+        DataError: a piece is longer than ``pack_tokens``, or a shard is missing or damaged.
+    """
+    packs = itertools.islice(packs_in_index_order(source.lengths, pack_tokens), max_packs)
+    masks = MaskPlan(key, masking_probability)
+    while row := list(itertools.islice(packs, dp_size)):
+        yield build_text_batch(source, row[dp_rank], masks, mask_id) if dp_rank < len(row) else None

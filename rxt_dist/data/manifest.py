@@ -1,0 +1,198 @@
+"""The manifest of a dataset: what it holds, and the fingerprint that identifies it.
+
+A dataset folder is ``manifest.json`` (written last), ``tokenizer/tokenizer.json`` and, for every shard,
+``<split>/<name>`` with its index ``<split>/<name without .tar>.idx``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rxt_dist.errors import DataError
+
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+FORMAT_VERSION = 1
+_MAX_MANIFEST_BYTES = 256 << 20
+
+Kind = Literal["text", "conversations"]
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
+
+_SHA256 = r"^[0-9a-f]{64}$"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShardInfo(_Record):
+    """One shard (a tar file) and its index."""
+
+    name: str = Field(pattern=r"^rxt-(train|val)-[0-9]{6}\.tar$")
+    """File name of the tar inside the folder of its split."""
+    split: Split
+    bytes: int = Field(ge=0)
+    """Size of the tar."""
+    sha256: str = Field(pattern=_SHA256)
+    idx_sha256: str = Field(pattern=_SHA256)
+    blocks: int = Field(ge=1)
+    documents: int = Field(ge=1)
+    """Documents of a text shard; conversations of a conversation shard."""
+    conversations: int = Field(ge=0)
+    interactions: int = Field(ge=0)
+    tokens: int = Field(ge=1)
+    """All tokens, special tokens included."""
+    max_tokens: int = Field(ge=1)
+    """Tokens of the longest document (text) or of the longest interaction (conversations)."""
+
+    def path_in(self, dataset: Path) -> Path:
+        """Path of the tar in the dataset folder ``dataset``."""
+        return dataset / self.split / self.name
+
+    def index_path_in(self, dataset: Path) -> Path:
+        """Path of the index in the dataset folder ``dataset``."""
+        return self.path_in(dataset).with_suffix(".idx")
+
+
+class SourceInfo(_Record):
+    """One input file of the dataset."""
+
+    name: str
+    sha256: str = Field(pattern=_SHA256)
+    bytes: int = Field(ge=0)
+
+
+class SplitCounts(_Record):
+    """Totals of one split."""
+
+    documents: int = Field(ge=0)
+    conversations: int = Field(ge=0)
+    interactions: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    truncated: int = Field(ge=0)
+    """Documents, interactions and system texts that lost tokens to ``--max-tokens``."""
+
+
+class Manifest(_Record):
+    """Everything a reader must know before it opens a shard."""
+
+    format_version: int
+    dataset_id: str
+    kind: Kind
+    created_by: str
+    dtype: Literal["uint16", "uint32"]
+    byte_order: Literal["little"]
+    vocab_size: int = Field(ge=1)
+    special_tokens: dict[str, int]
+    tokenizer_sha256: str = Field(pattern=_SHA256)
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Limit that documents or interactions were truncated to; None: nothing was truncated."""
+    val_fraction: float = Field(ge=0.0, lt=1.0)
+    source: list[SourceInfo]
+    counts: dict[Split, SplitCounts]
+    shards: list[ShardInfo]
+    fingerprint: str = Field(pattern=_SHA256)
+
+    def shards_of(self, split: Split) -> list[ShardInfo]:
+        """The shards of one split, in reading order."""
+        return [shard for shard in self.shards if shard.split == split]
+
+
+def compute_fingerprint(
+    *,
+    kind: Kind,
+    dtype: str,
+    vocab_size: int,
+    special_tokens: Mapping[str, int],
+    tokenizer_sha256: str,
+    shards: Sequence[ShardInfo],
+) -> str:
+    """SHA-256 over the canonical JSON of all that determines what a reader delivers."""
+    content = {
+        "kind": kind,
+        "dtype": dtype,
+        "vocab_size": vocab_size,
+        "special_tokens": dict(special_tokens),
+        "tokenizer_sha256": tokenizer_sha256,
+        "shards": [shard.model_dump() for shard in shards],
+    }
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def fingerprint_of(manifest: Manifest) -> str:
+    """The fingerprint that the other fields of ``manifest`` imply."""
+    return compute_fingerprint(
+        kind=manifest.kind,
+        dtype=manifest.dtype,
+        vocab_size=manifest.vocab_size,
+        special_tokens=manifest.special_tokens,
+        tokenizer_sha256=manifest.tokenizer_sha256,
+        shards=manifest.shards,
+    )
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check ``folder/manifest.json`` (not the files it names: see ``verify_dataset``).
+
+    Raises:
+        DataError: no such folder or manifest, not JSON, an unknown version, wrong fields, or a
+            fingerprint that does not match the content.
+    """
+    path = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a dataset: no such folder")
+    if not path.is_file():
+        raise DataError(f"{folder} has no {MANIFEST_FILE}: it is not a dataset, or an incomplete one")
+    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise DataError(
+            f"{path} has {path.stat().st_size} bytes; a manifest has at most {_MAX_MANIFEST_BYTES}"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: not JSON ({error})") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format_version {version!r}; this version of rxt-dist reads {FORMAT_VERSION}"
+        )
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{path} is damaged: {field}: {first['msg']}") from error
+    if manifest.fingerprint != fingerprint_of(manifest):
+        raise DataError(f"{path} is damaged: its fingerprint does not match its content")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``folder/manifest.json`` atomically: temporary file, fsync, rename, fsync of the folder."""
+    path = folder / MANIFEST_FILE
+    temporary = folder / f".{MANIFEST_FILE}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(manifest.model_dump(), file, indent=2, sort_keys=True, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_folder(folder)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

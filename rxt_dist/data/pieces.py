@@ -1,0 +1,181 @@
+"""Pieces: the training units of the text stages.
+
+A piece of `joint_lm` is a document or a ``seq_len``-long part of one; a piece of `interaction_sft` is one
+interaction. Lengths and numbers of targets are known from the indices alone, which is what the global
+order is planned from.
+
+Shape legend: P pieces of the source, n pieces of one read, N tokens of one read.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from rxt_dist.data.manifest import Kind
+from rxt_dist.data.reader import Dataset, Int64Array, UInt8Array
+from rxt_dist.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One training unit: next-token targets are ``tokens[first_target:]``, each predicted from the row
+    before it."""
+
+    tokens: Int64Array
+    """[n]"""
+    first_target: int
+
+
+class PieceSource(Protocol):
+    """What packing and batching need to know of the data of a stage."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the pieces: dataset, split, kind of piece and sequence length."""
+
+    @property
+    def lengths(self) -> Int32Array:
+        """[P] tokens of every piece, at least 1."""
+
+    @property
+    def supervised(self) -> Int32Array:
+        """[P] next-token targets of every piece: its last so many tokens."""
+
+    def read_tokens(self, pieces: Int64Array) -> Int64Array:
+        """Tokens of several pieces one after the other: int64 [N]. Raises DataError on damage."""
+
+    def read(self, piece: int) -> Piece:
+        """One piece. Raises DataError on damage."""
+
+
+class _Pieces(ABC):
+    """Common part of the piece sources of a dataset."""
+
+    def __init__(self, dataset: Dataset, kind: Kind, seq_len: int) -> None:
+        unit = {"text": "documents", "conversations": "conversations"}
+        if dataset.kind != kind:
+            raise DataError(f"{dataset.folder} holds {dataset.kind}, this stage needs {kind}")
+        if dataset.num_documents == 0:
+            raise DataError(f"{dataset.folder} has no {dataset.split} {unit[kind]}")
+        self.dataset = dataset
+        self.seq_len = seq_len
+        self.lengths: Int32Array
+        self.supervised: Int32Array
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the pieces: dataset, split, kind of piece and sequence length."""
+        return f"{self.dataset.fingerprint}:{self.dataset.split}:{type(self).__name__}:{self.seq_len}"
+
+    @abstractmethod
+    def read_tokens(self, pieces: Int64Array) -> Int64Array:
+        """Tokens of several pieces one after the other: int64 [N]. Raises DataError on damage."""
+
+    def read(self, piece: int) -> Piece:
+        """One piece. Raises DataError on damage."""
+        first_target = int(self.lengths[piece] - self.supervised[piece])
+        return Piece(self.read_tokens(np.array([piece])), first_target)
+
+
+class TextPieces(_Pieces):
+    """Documents; those longer than ``seq_len`` are split into consecutive pieces of at most ``seq_len``.
+
+    All tokens but a piece's first are targets.
+    """
+
+    def __init__(self, dataset: Dataset, seq_len: int) -> None:
+        """Raises DataError if the dataset is not text or its split is empty."""
+        super().__init__(dataset, "text", seq_len)
+        tokens = dataset.document_tokens.astype(np.int64)
+        pieces_of_document = -(-tokens // seq_len)
+        self._first_piece = np.cumsum(pieces_of_document) - pieces_of_document  # [documents]
+        lengths = np.full(int(pieces_of_document.sum()), seq_len, dtype=np.int32)
+        lengths[self._first_piece + pieces_of_document - 1] = tokens - seq_len * (pieces_of_document - 1)
+        self.lengths = lengths
+        self.supervised = lengths - 1
+
+    def read_tokens(self, pieces: Int64Array) -> Int64Array:
+        """Tokens of several pieces one after the other: int64 [N]. Raises DataError on damage."""
+        documents = np.searchsorted(self._first_piece, pieces, side="right") - 1
+        offsets = (pieces - self._first_piece[documents]) * self.seq_len
+        return self.dataset.read_spans(documents, offsets, self.lengths[pieces])
+
+
+class InteractionPieces(_Pieces):
+    """One piece an interaction: its query, then its answer. Targets are the answer's tokens after [A],
+    [EOS] included.
+
+    An interaction longer than ``seq_len`` is cut longest-first: tokens are taken from the longer of query
+    and answer until both fit (ties from the query). The query keeps its beginning; the answer keeps [A]
+    and its end with [EOS].
+    """
+
+    def __init__(self, dataset: Dataset, seq_len: int) -> None:
+        """Raises DataError if the dataset does not hold conversations or its split is empty."""
+        super().__init__(dataset, "conversations", seq_len)
+        query, answer = dataset.query_tokens.astype(np.int64), dataset.answer_tokens.astype(np.int64)
+        self.query_kept, self.answer_kept = longest_first(query, answer, seq_len)
+        self.lengths = (self.query_kept + self.answer_kept).astype(np.int32)
+        self.supervised = (self.answer_kept - 1).astype(np.int32)
+        self.truncated = int(np.count_nonzero(query + answer > seq_len))
+        """Interactions of the split that were cut."""
+        if self.truncated:
+            logger.warning(
+                "%s: %d of %d %s interactions are longer than seq_len %d and are cut",
+                dataset.folder,
+                self.truncated,
+                len(self.lengths),
+                dataset.split,
+                seq_len,
+            )
+
+    def read_tokens(self, pieces: Int64Array) -> Int64Array:
+        """Tokens of several pieces one after the other: int64 [N]. Raises DataError on damage."""
+        return self.dataset.read_spans(*self._spans(pieces))
+
+    def read_marks(self, pieces: Int64Array) -> UInt8Array:
+        """Marks of the same tokens: uint8 [N], 0 where the dataset has none. Raises DataError on damage."""
+        spans = self._spans(pieces)
+        marks = self.dataset.read_mark_spans(*spans)
+        return np.zeros(int(spans[2].sum()), dtype=np.uint8) if marks is None else marks
+
+    def _spans(self, pieces: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """Conversations, offsets and lengths of the contiguous token spans that form the pieces: one span
+        for a whole interaction; start of the query, [A] and end of the answer for one that is cut."""
+        conversations, offsets = self.dataset.locate_interactions(pieces)
+        query = self.dataset.query_tokens[pieces].astype(np.int64)
+        answer = self.dataset.answer_tokens[pieces].astype(np.int64)
+        kept = self.lengths[pieces].astype(np.int64)
+        if np.array_equal(kept, query + answer):
+            return conversations, offsets, kept
+        whole = kept == query + answer
+        tail = self.answer_kept[pieces] - 1
+        starts = np.stack((offsets, offsets + query, offsets + query + answer - tail), axis=1)
+        lengths = np.stack(
+            (np.where(whole, kept, self.query_kept[pieces]), np.where(whole, 0, 1), np.where(whole, 0, tail)),
+            axis=1,
+        )
+        used = lengths > 0
+        return np.repeat(conversations, 3)[used.ravel()], starts[used], lengths[used]
+
+
+def longest_first(query: Int64Array, answer: Int64Array, limit: int) -> tuple[Int64Array, Int64Array]:
+    """Lengths kept of ``query`` and ``answer`` tokens so that their sum is at most ``limit``: int64 [P] each.
+
+    The same as taking one token at a time from the longer of the two, and from the query if they are
+    equally long.
+    """
+    half = limit // 2
+    cut_query = np.where(query <= answer, np.minimum(query, half), limit - np.minimum(answer, limit - half))
+    fits = query + answer <= limit
+    return np.where(fits, query, cut_query), np.where(fits, answer, limit - cut_query)

@@ -1,0 +1,1 @@
+"""Exchange of weights with the published Reactive Transformer checkpoints."""

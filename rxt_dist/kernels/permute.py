@@ -1,0 +1,48 @@
+"""Row permutations whose backward is a gather too: deterministic, no atomic additions.
+
+Shape legend: N rows, K copies of each row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def permute_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """``x[order]`` for a permutation ``order`` int64 [N] of the rows of ``x`` [N, ...], given its inverse."""
+    out: torch.Tensor = _RepeatPermuted.apply(x, order, inverse, 1)  # type: ignore[no-untyped-call]
+    return out
+
+
+def repeat_permuted(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+    """``x.repeat_interleave(copies, 0)[order]`` without the intermediate.
+
+    Args:
+        x: [N, ...]; order: int64 [N * copies], a permutation; inverse: its inverse permutation.
+
+    Returns:
+        [N * copies, ...].
+    """
+    out: torch.Tensor = _RepeatPermuted.apply(x, order, inverse, copies)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _RepeatPermuted(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        source = order if copies == 1 else torch.div(order, copies, rounding_mode="floor")
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        grad = grads[0].index_select(0, inverse)
+        if ctx.copies > 1:
+            grad = grad.unflatten(0, (-1, ctx.copies)).sum(1)
+        return grad, None, None, None

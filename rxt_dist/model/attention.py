@@ -1,0 +1,108 @@
+"""Self-attention and memory cross-attention with sparse query attention (SQA) head counts.
+
+Any number of query and key/value heads may be fewer than embed_dim / d (https://arxiv.org/abs/2510.01817):
+multi-head, grouped-query, multi-query, SQA and reverse SQA are all the same module.
+
+Shape legend: N tokens, M memory rows, D embedding width, Hq query heads, Hk key/value heads,
+H = max(Hq, Hk), d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rxt_dist.config import AttentionConfig
+from rxt_dist.kernels.attention import AttentionLayout, attention
+from rxt_dist.model.initialisation import Distribution, Normal
+from rxt_dist.model.norm import RMSNorm
+from rxt_dist.model.rope import Rotation
+
+
+class _Attention(nn.Module):
+    """Output projection, gate and head norms, which both attentions share.
+
+    ``query_heads`` and ``kv_heads`` count the heads that this module holds.
+    """
+
+    def __init__(self, width: int, head_width: int, config: AttentionConfig) -> None:
+        super().__init__()
+        self.query_heads, self.kv_heads, self.head_width = config.query_heads, config.kv_heads, head_width
+        inner = max(config.query_heads, config.kv_heads) * head_width
+        self.out = nn.Linear(inner, width, bias=config.output_bias)
+        self.gate = nn.Linear(width, inner, bias=False) if config.gated else None
+        self.query_norm = RMSNorm(head_width) if config.qk_norm else None
+        self.key_norm = RMSNorm(head_width) if config.qk_norm else None
+
+    def initial_distributions(self) -> dict[str, Distribution]:
+        return {} if self.gate is None else {"gate.weight": Normal(mean=1.0, std=0.01)}
+
+    def _heads(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(-1, (-1, self.head_width))
+
+    def _project(self, heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Heads [N, H, d] -> [N, D]; the gate sees the query input ``x`` [N, D]."""
+        joined = heads.flatten(-2)
+        if self.gate is not None:
+            joined = joined * torch.sigmoid(self.gate(x))
+        projected: torch.Tensor = self.out(joined)
+        return projected
+
+
+class SelfAttention(_Attention):
+    """Attention of a sequence to itself.
+
+    Args of forward:
+        x: [N, D], normed; layout: groups of the N rows; rotation: angles of the rows, None without RoPE.
+
+    Returns [N, D].
+    """
+
+    def __init__(self, width: int, head_width: int, config: AttentionConfig, *, causal: bool) -> None:
+        super().__init__(width, head_width, config)
+        self.causal = causal
+        self.qkv = nn.Linear(width, (config.query_heads + 2 * config.kv_heads) * head_width, bias=False)
+
+    def canonical_parts(self) -> dict[str, list[tuple[str, int]]]:
+        query, kv = self.query_heads * self.head_width, self.kv_heads * self.head_width
+        return {"qkv.weight": [("q.weight", query), ("k.weight", kv), ("v.weight", kv)]}
+
+    def forward(self, x: torch.Tensor, layout: AttentionLayout, rotation: Rotation | None) -> torch.Tensor:
+        heads = self._heads(self.qkv(x))
+        q, k, v = heads.split((self.query_heads, self.kv_heads, self.kv_heads), dim=-2)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rotation is not None:
+            q, k = rotation.apply(q), rotation.apply(k)
+        return self._project(attention(q, k, v, layout, causal=self.causal), x)
+
+
+class CrossAttention(_Attention):
+    """Attention of tokens to memory rows. Queries are rotated by token position, keys are not.
+
+    Args of forward:
+        x: [N, D], normed; memory: [M, D], normed where the model norms it; layout: tokens to memory rows;
+        rotation: angles of the N tokens, None without RoPE.
+
+    Returns [N, D].
+    """
+
+    def __init__(self, width: int, head_width: int, config: AttentionConfig) -> None:
+        super().__init__(width, head_width, config)
+        self.q = nn.Linear(width, config.query_heads * head_width, bias=False)
+        self.kv = nn.Linear(width, 2 * config.kv_heads * head_width, bias=False)
+
+    def canonical_parts(self) -> dict[str, list[tuple[str, int]]]:
+        kv = self.kv_heads * self.head_width
+        return {"kv.weight": [("k.weight", kv), ("v.weight", kv)]}
+
+    def forward(
+        self, x: torch.Tensor, memory: torch.Tensor, layout: AttentionLayout, rotation: Rotation | None
+    ) -> torch.Tensor:
+        q = self._heads(self.q(x))
+        k, v = self._heads(self.kv(memory)).split(self.kv_heads, dim=-2)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rotation is not None:
+            q = rotation.apply(q)
+        return self._project(attention(q, k, v, layout, causal=False), x)

@@ -1,0 +1,115 @@
+"""The causal decoder. Shape legend: L memory layers, N tokens, D embedding width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rxt_dist.config import ModelConfig
+from rxt_dist.model.feedforward import FeedForward
+from rxt_dist.model.heads import LMHead, vocabulary
+from rxt_dist.model.layer import Layer
+from rxt_dist.model.layout import SequenceLayout
+from rxt_dist.model.memory import Memory
+from rxt_dist.model.moe import MoE
+from rxt_dist.model.norm import make_norm
+from rxt_dist.model.rope import Rotation
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderOutput:
+    """What a decoder pass gives.
+
+    Attributes:
+        hidden: [N, D], after the head norm where there is one; the LM head's input.
+        aux_sum: fp32 scalar, sum over the N tokens of the experts' balance value, averaged over the
+            mixture-of-experts layers (final stateless layers left out); 0 for a dense decoder.
+    """
+
+    hidden: torch.Tensor
+    aux_sum: torch.Tensor
+
+
+class Decoder(nn.Module):
+    """Token ids and a memory -> hidden states.
+
+    Stateless layers, then L layers of which layer i reads ``memory.states[i]``, then final stateless
+    layers, then the head norm. ``memory`` None skips all cross-attention.
+
+    Args of forward:
+        tokens: int64 [N]; layout: the sequences they form; memory: states [L, M, D] and who reads them.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        part = config.decoder
+        width = config.embed_dim
+        self.head_width = width // part.heads
+        self.rope_base = config.rope_base if part.use_rope else None
+        self.embedding = nn.Embedding(vocabulary(config), width)
+        self.stateless_layers = nn.ModuleList(_stateless(config, kind) for kind in part.stateless_layers)
+        self.layers = nn.ModuleList(_memory_layer(config) for _ in range(part.num_layers))
+        self.final_stateless_layers = nn.ModuleList(
+            _stateless(config, kind) for kind in part.final_stateless_layers
+        )
+        self.head_norm = None if part.head_norm == "none" else make_norm(part.head_norm, width)
+        self.lm_head = LMHead(config)
+
+    def forward(self, tokens: torch.Tensor, layout: SequenceLayout, memory: Memory | None) -> DecoderOutput:
+        rotation = None
+        if self.rope_base is not None:
+            rotation = Rotation.at(layout.positions, self.head_width, self.rope_base)
+        groups = layout.self_attention
+        x = self.embedding(tokens)
+        balances: list[torch.Tensor | None] = []
+        for layer in self.stateless_layers:
+            x, balance = layer(x, groups, rotation)
+            balances.append(balance)
+        for index, layer in enumerate(self.layers):
+            if memory is None:
+                x, balance = layer(x, groups, rotation)
+            else:
+                x, balance = layer(x, groups, rotation, memory.states[index], memory.layout)
+            balances.append(balance)
+        for layer in self.final_stateless_layers:
+            x, _ = layer(x, groups, rotation)
+        if self.head_norm is not None:
+            x = self.head_norm(x)
+        present = [balance for balance in balances if balance is not None]
+        aux_sum = torch.stack(present).mean() if present else x.new_zeros((), dtype=torch.float32)
+        return DecoderOutput(x, aux_sum)
+
+
+def _feed_forward(config: ModelConfig, kind: str, dense_width: int) -> FeedForward | MoE:
+    part = config.decoder
+    if kind == "moe" and part.moe is not None:
+        return MoE(part.moe, config.embed_dim, part.ff_dim, gated=part.gated_ff, activation=part.activation)
+    return FeedForward(config.embed_dim, dense_width, gated=part.gated_ff, activation=part.activation)
+
+
+def _stateless(config: ModelConfig, kind: str) -> Layer:
+    part = config.decoder
+    return Layer(
+        config.embed_dim,
+        config.embed_dim // part.heads,
+        part.attention,
+        _feed_forward(config, kind, part.dense_layer_dim),
+        causal=True,
+        norm=config.norm,
+    )
+
+
+def _memory_layer(config: ModelConfig) -> Layer:
+    part = config.decoder
+    return Layer(
+        config.embed_dim,
+        config.embed_dim // part.heads,
+        part.attention,
+        _feed_forward(config, "dense" if part.moe is None else "moe", part.ff_dim),
+        causal=True,
+        norm=config.norm,
+        cross_attention=part.cross_attention,
+        stm_norm=part.stm_norm,
+    )

@@ -1,0 +1,53 @@
+"""Output heads. Shape legend: m rows, D embedding width, V vocabulary."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rxt_dist.config import ModelConfig
+from rxt_dist.errors import ConfigError
+from rxt_dist.model.initialisation import Distribution, linear_default
+from rxt_dist.model.norm import make_norm
+
+
+def vocabulary(config: ModelConfig) -> int:
+    """The resolved vocabulary size.
+
+    Raises:
+        ConfigError: it is still ``auto``.
+    """
+    if config.vocab_size == "auto":
+        raise ConfigError("model.vocab_size: found auto; valid: a number, taken from a dataset or given")
+    return config.vocab_size
+
+
+class LMHead(nn.Linear):
+    """Logits of the next token, [m, D] -> [m, V]; biased, not tied to the embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.embed_dim, vocabulary(config))
+
+
+class MLMHead(nn.Module):
+    """Features from which masked tokens are predicted; part of pretraining only.
+
+    Forward: hidden [m, D] -> features [m, D] (linear, exact GELU, LayerNorm). The logits are
+    ``features @ weight.T + bias`` with ``weight`` [V, D] and ``bias`` [V].
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, vocab = config.embed_dim, vocabulary(config)
+        self.dense = nn.Linear(width, width)
+        self.norm = make_norm("layer", width)
+        self.weight = nn.Parameter(torch.empty(vocab, width))
+        self.bias = nn.Parameter(torch.empty(vocab))
+
+    def initial_distributions(self) -> dict[str, Distribution]:
+        return dict.fromkeys(("weight", "bias"), linear_default(self.weight.shape[1]))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.norm(F.gelu(self.dense(hidden)))
+        return features

@@ -1,0 +1,74 @@
+"""One pre-norm transformer layer of the encoder or the decoder.
+
+Shape legend: N tokens, M memory rows, D embedding width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from rxt_dist.config import AttentionConfig
+from rxt_dist.kernels.attention import AttentionLayout
+from rxt_dist.model.attention import CrossAttention, SelfAttention
+from rxt_dist.model.feedforward import FeedForward
+from rxt_dist.model.moe import MoE
+from rxt_dist.model.norm import make_norm
+from rxt_dist.model.rope import Rotation
+
+
+class Layer(nn.Module):
+    """Self-attention, memory cross-attention where there is a memory to read, feed-forward; all residual.
+
+    Args of forward:
+        x: [N, D] residual stream; layout: groups of self-attention; rotation: None without RoPE.
+        memory: [M, D] rows of this layer's memory and memory_layout: which tokens read which of them;
+            None skips the cross-attention.
+
+    Returns ([N, D] residual stream, fp32 scalar balance sum of a mixture of experts or None).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        head_width: int,
+        attention: AttentionConfig,
+        feed_forward: FeedForward | MoE,
+        *,
+        causal: bool,
+        norm: Literal["rms", "layer"],
+        cross_attention: AttentionConfig | None = None,
+        stm_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(norm, width)
+        self.attention = SelfAttention(width, head_width, attention, causal=causal)
+        self.cross_norm: nn.Module | None = None
+        self.stm_norm: nn.Module | None = None
+        self.cross_attention: CrossAttention | None = None
+        if cross_attention is not None:
+            self.cross_norm = make_norm(norm, width)
+            self.stm_norm = make_norm(norm, width) if stm_norm else None
+            self.cross_attention = CrossAttention(width, head_width, cross_attention)
+        self.feed_forward_norm = make_norm(norm, width)
+        self.feed_forward = feed_forward
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        layout: AttentionLayout,
+        rotation: Rotation | None,
+        memory: torch.Tensor | None = None,
+        memory_layout: AttentionLayout | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x = x + self.attention(self.attention_norm(x), layout, rotation)
+        if self.cross_attention is not None and self.cross_norm is not None and memory is not None:
+            rows = memory if self.stm_norm is None else self.stm_norm(memory)
+            x = x + self.cross_attention(self.cross_norm(x), rows, memory_layout, rotation)
+        normed = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, FeedForward):
+            return x + self.feed_forward(normed), None
+        out, balance = self.feed_forward(normed)
+        return x + out, balance

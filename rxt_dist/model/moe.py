@@ -1,0 +1,225 @@
+"""Dropless top-k mixture of experts.
+
+Every token visits its K experts whatever their load: tokens are sorted by expert and each expert
+multiplies its run of rows in one grouped product.
+
+Shape legend: N tokens, D embedding width, E routed experts, K experts a token visits, n = N * K rows,
+F hidden width of an expert, S shared experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rxt_dist.config import MoEConfig
+from rxt_dist.kernels.grouped_gemm import grouped_linear
+from rxt_dist.kernels.permute import permute_rows, repeat_permuted
+from rxt_dist.model.feedforward import Activation, FeedForward, activate
+from rxt_dist.model.initialisation import Constant, Distribution, Normal
+
+_EXPERT_STD = 0.02
+_WEIGHT_EPS = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Where tokens go.
+
+    Attributes:
+        weights: fp32 [N, K], summing to 1 over K; experts: int64 [N, K].
+        chosen_mass: fp32 [N], probability that the router gave to the chosen experts together.
+    """
+
+    weights: torch.Tensor
+    experts: torch.Tensor
+    chosen_mass: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertOrder:
+    """Rows sorted by expert.
+
+    Attributes:
+        order: int64 [n], row i of the sorted rows is slot ``order[i]`` of the flattened [N, K].
+        inverse: int64 [n], the inverse permutation.
+        expert_of_row: int64 [n], ascending; offsets: int32 [E], the end of each expert's run.
+    """
+
+    order: torch.Tensor
+    inverse: torch.Tensor
+    expert_of_row: torch.Tensor
+    offsets: torch.Tensor
+
+    @classmethod
+    def of(cls, experts: torch.Tensor, num_experts: int) -> ExpertOrder:
+        """Sort int64 expert numbers of any shape (flattened to [n]), stably, without a host sync."""
+        expert_of_row, order = torch.sort(experts.flatten(), stable=True)
+        rows = torch.arange(order.shape[0], device=order.device)
+        inverse = torch.empty_like(order).scatter_(0, order, rows)
+        numbers = torch.arange(num_experts, device=order.device)
+        offsets = torch.searchsorted(expert_of_row, numbers, right=True, out_int32=True)
+        return cls(order, inverse, expert_of_row, offsets)
+
+
+class Router(nn.Module):
+    """Softmax over all experts in fp32, the K largest, renormalised. x [N, D] -> :class:`Routing`."""
+
+    def __init__(self, width: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.proj = nn.Linear(width, num_experts, bias=False)
+
+    def forward(self, x: torch.Tensor) -> Routing:
+        probabilities = torch.softmax(self.proj(x), dim=-1, dtype=torch.float32)
+        top, experts = probabilities.topk(self.top_k, dim=-1)
+        mass = top.sum(dim=-1)
+        return Routing(top / (mass[:, None] + _WEIGHT_EPS), experts, mass)
+
+
+class Experts(nn.Module):
+    """E stacked feed-forwards over rows sorted by expert.
+
+    Args of forward:
+        x: [n, D]; offsets: int32 [E], end of each expert's run; expert_of_row: int64 [n].
+
+    Returns [n, D].
+    """
+
+    def __init__(
+        self, num_experts: int, width: int, hidden: int, *, gated: bool, activation: Activation, biased: bool
+    ) -> None:
+        super().__init__()
+        self.gated, self.activation = gated, activation
+        self.first_expert = 0  # number of the first expert held here
+        inner = 2 * hidden if gated else hidden
+        self.w_in = nn.Parameter(torch.empty(num_experts, inner, width))
+        self.w_out = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.b_in = nn.Parameter(torch.empty(num_experts, inner)) if biased else None
+        self.b_out = nn.Parameter(torch.empty(num_experts, width)) if biased else None
+
+    def initial_distributions(self) -> dict[str, Distribution]:
+        weights: dict[str, Distribution] = dict.fromkeys(("w_in", "w_out"), Normal(std=_EXPERT_STD))
+        return {**weights, **dict.fromkeys(("b_in", "b_out"), Constant(0.0))}
+
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor, expert_of_row: torch.Tensor) -> torch.Tensor:
+        # F.embedding: its backward sums the rows of an expert without atomic additions.
+        hidden = grouped_linear(x, self.w_in, offsets)
+        if self.b_in is not None:
+            hidden = hidden + F.embedding(expert_of_row, self.b_in)
+        out = grouped_linear(activate(hidden, self.activation, self.gated), self.w_out, offsets)
+        if self.b_out is not None:
+            out = out + F.embedding(expert_of_row, self.b_out)
+        return out
+
+
+class SharedExperts(nn.Module):
+    """S > 1 experts that every token visits, mixed by a softmax gate.
+
+    x [N, D] -> (mixture [N, D], fp32 [N] deviation ``mean_s |g_s - 1/S|`` of the gate from uniform).
+    """
+
+    def __init__(
+        self, count: int, width: int, hidden: int, *, gated: bool, activation: Activation, bias: str
+    ) -> None:
+        super().__init__()
+        self.gated, self.activation = gated, activation
+        inner = 2 * hidden if gated else hidden
+        self.w_in = nn.Parameter(torch.empty(count, inner, width))
+        self.w_out = nn.Parameter(torch.empty(count, width, hidden))
+        self.b_in = nn.Parameter(torch.empty(count, inner)) if bias == "local" else None
+        self.b_out = nn.Parameter(torch.empty(count, width)) if bias == "local" else None
+        self.output_bias = nn.Parameter(torch.empty(width)) if bias == "global" else None
+        self.gate = nn.Linear(width, count, bias=False)
+
+    def initial_distributions(self) -> dict[str, Distribution]:
+        weights: dict[str, Distribution] = dict.fromkeys(("w_in", "w_out"), Normal(std=_EXPERT_STD))
+        return {**weights, **dict.fromkeys(("b_in", "b_out", "output_bias"), Constant(0.0))}
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        share = torch.softmax(self.gate(x), dim=-1, dtype=torch.float32)  # [N, S]
+        hidden = torch.matmul(x, self.w_in.transpose(1, 2))  # [S, N, inner]
+        if self.b_in is not None:
+            hidden = hidden + self.b_in[:, None]
+        out = torch.matmul(activate(hidden, self.activation, self.gated), self.w_out.transpose(1, 2))
+        if self.b_out is not None:
+            out = out + self.b_out[:, None]
+        mixed = (out * share.T[..., None].to(out.dtype)).sum(dim=0)
+        if self.output_bias is not None:
+            mixed = mixed + self.output_bias
+        return mixed, (share - 1.0 / share.shape[1]).abs().mean(dim=-1)
+
+
+class MoE(nn.Module):
+    """Routed experts, plus shared ones where configured.
+
+    x [N, D] -> (output [N, D], fp32 scalar: sum over tokens of the balance value). The balance value of a
+    token is (E/K) times the probability mass of its chosen experts (1 to E/K), plus the deviation of the
+    shared experts' gate where there are several; 0 with ``aux_loss: none``.
+    """
+
+    def __init__(
+        self, config: MoEConfig, width: int, hidden: int, *, gated: bool, activation: Activation
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.router = Router(width, config.num_experts, config.top_k)
+        self.experts = Experts(
+            config.num_experts,
+            width,
+            hidden,
+            gated=gated,
+            activation=activation,
+            biased=config.bias == "local",
+        )
+        self.output_bias = nn.Parameter(torch.empty(width)) if config.bias == "global" else None
+        self.shared: FeedForward | SharedExperts | None = None
+        shared_hidden = config.shared_expert_dim or hidden
+        if config.num_shared_experts == 1:
+            self.shared = FeedForward(width, shared_hidden, gated=gated, activation=activation)
+        elif config.num_shared_experts > 1:
+            self.shared = SharedExperts(
+                config.num_shared_experts,
+                width,
+                shared_hidden,
+                gated=gated,
+                activation=activation,
+                bias=config.shared_bias,
+            )
+
+    def initial_distributions(self) -> dict[str, Distribution]:
+        return {"output_bias": Constant(0.0)}
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        routing: Routing = self.router(x)
+        out = self.run_experts(x, routing)
+        if self.output_bias is not None:
+            out = out + self.output_bias
+        balance = routing.chosen_mass * (self.config.num_experts / self.config.top_k)
+        if isinstance(self.shared, FeedForward):
+            out = self._join(out, self.shared(x))
+        elif self.shared is not None:
+            shared, deviation = self.shared(x)
+            out = self._join(out, shared)
+            balance = balance + deviation
+        if self.config.aux_loss == "none":
+            return out, x.new_zeros((), dtype=torch.float32)
+        return out, balance.sum()
+
+    def run_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Send ``x`` [N, D] through the chosen experts and sum their weighted outputs, [N, D]."""
+        order = ExpertOrder.of(routing.experts, self.config.num_experts)
+        rows = repeat_permuted(x, order.order, order.inverse, self.config.top_k)
+        rows = self.experts(rows, order.offsets, order.expert_of_row)
+        slots = permute_rows(rows, order.inverse, order.order).unflatten(0, routing.experts.shape)
+        return (slots * routing.weights.to(slots.dtype)[..., None]).sum(dim=1)
+
+    def _join(self, routed: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+        if not self.config.weighted_shared_experts:
+            return routed + shared
+        routed_count, shared_count = self.config.top_k, self.config.num_shared_experts
+        total = routed_count + shared_count
+        return routed * (routed_count / total) + shared * (shared_count / total)

@@ -1,0 +1,102 @@
+"""A picture of a run's losses, drawn from its metrics files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rxt_dist.errors import DataError
+from rxt_dist.observe.metrics_file import read_metrics
+
+METRICS_NAME = "metrics.jsonl"
+EVALUATION_NAME = "eval.jsonl"
+CURVES_NAME = "curves.png"
+
+_WIDTH_PER_STAGE = 5.0
+_HEIGHT = 4.0
+_DOTS_PER_INCH = 110
+
+Record = dict[str, Any]
+
+
+def plot_curves(run_dir: Path) -> Path:
+    """Draw ``run_dir/curves.png``: one panel a stage, its losses over steps, and the evaluations as dots.
+
+    Reads ``metrics.jsonl`` and, if it exists, ``eval.jsonl``. Each record names its ``"stage"``; its
+    losses are the numbers under the keys ``"loss"`` and ``"..._loss"``.
+
+    Returns:
+        The path of the picture; an earlier one is replaced.
+
+    Raises:
+        DataError: there is no loss to draw, or matplotlib is not installed.
+    """
+    metrics = read_metrics(run_dir / METRICS_NAME)
+    evaluations = read_metrics(run_dir / EVALUATION_NAME)
+    stages = list(
+        dict.fromkeys(record["stage"] for record in metrics if "stage" in record and _losses(record))
+    )
+    if not stages:
+        raise DataError(
+            f"{run_dir / METRICS_NAME}: no record of a training step with a loss, nothing to draw"
+        )
+    figure_class, agg_canvas = _matplotlib()
+    figure = figure_class(figsize=(_WIDTH_PER_STAGE * len(stages), _HEIGHT), layout="constrained")
+    # A canvas of its own instead of pyplot: no global state, and no display is ever looked for.
+    canvas = agg_canvas(figure)
+    panels = figure.subplots(1, len(stages), squeeze=False)[0]
+    for panel, stage in zip(panels, stages, strict=True):
+        _draw_stage(panel, stage, metrics, evaluations)
+    path = run_dir / CURVES_NAME
+    canvas.print_figure(path, dpi=_DOTS_PER_INCH)
+    return path
+
+
+def _draw_stage(panel: Any, stage: str, metrics: Sequence[Record], evaluations: Sequence[Record]) -> None:
+    trained = _series(record for record in metrics if record.get("stage") == stage)
+    evaluated = _series(record for record in evaluations if record.get("stage") == stage)
+    for number, name in enumerate(dict.fromkeys([*trained, *evaluated])):
+        color = f"C{number}"
+        if name in trained:
+            panel.plot(*trained[name], color=color, label=name)
+        if name in evaluated:
+            panel.plot(
+                *evaluated[name], color=color, marker="o", linestyle="none", label=f"{name} (evaluation)"
+            )
+    panel.set_title(stage)
+    panel.set_xlabel("step")
+    panel.set_ylabel("loss per supervised token")
+    panel.grid(visible=True, alpha=0.3)
+    panel.legend()
+
+
+def _series(records: Iterable[Record]) -> dict[str, tuple[list[int], list[float]]]:
+    """Loss name -> (steps, losses); a non-finite loss leaves a gap in the line."""
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for record in records:
+        for name, loss in _losses(record).items():
+            steps, losses = series.setdefault(name, ([], []))
+            steps.append(record["step"])
+            losses.append(loss)
+    return series
+
+
+def _losses(record: Record) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in record.items()
+        if (name == "loss" or name.endswith("_loss")) and isinstance(value, (int, float, str))
+    }
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DataError(
+            "drawing curves needs matplotlib, which cannot be imported "
+            f"({error}); install it with: pip install 'rxt-dist[monitoring]'"
+        ) from error
+    return Figure, FigureCanvasAgg

@@ -1,0 +1,143 @@
+"""Joint language-model objective on packed pieces: masked-LM for the encoder, next token for the decoder.
+
+The encoder reads the masked sequence; its detached outputs of every layer are the memory that the
+decoder reads while it predicts the next token of the unmasked sequence. ``components`` reduces this to
+the separate pre-trainings: ``encoder`` keeps only the masked-LM loss, ``decoder`` only the
+autoregressive one, with a constant initial memory behind frozen cross-attention.
+
+Shape legend: N tokens, D embedding width, L decoder layers with memory, S memory slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rxt_dist.config import RunConfig, StageConfig
+from rxt_dist.data.batch import TextBatch
+from rxt_dist.kernels.cross_entropy import linear_cross_entropy
+from rxt_dist.model import Memory, RxTModel, SequenceLayout
+from rxt_dist.model.stm import draw_stm
+from rxt_dist.randomness import derive_key, fold_in_tensor, normal_tensor, signed_key, uniform_tensor
+from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK, StageModule, Term, uses
+
+
+class TextStageModule(StageModule):
+    """``joint_lm`` and ``interaction_sft``: they differ only in data and in what is supervised."""
+
+    def __init__(self, model: RxTModel, config: RunConfig, stage: StageConfig) -> None:
+        super().__init__()
+        self.stage = stage
+        self.with_encoder = uses(stage.components, "encoder")
+        self.with_decoder = uses(stage.components, "decoder")
+        moe = config.model.decoder.moe
+        self.aux_scale = 0.0 if moe is None or moe.aux_loss == "none" else moe.aux_loss_scale
+        names: list[str] = []
+        if self.with_encoder:
+            self.encoder = model.encoder
+            self.mlm_head = model.mlm_head
+            names += ["mlm_loss", "mlm_accuracy"]
+        if self.with_decoder:
+            self.decoder = model.decoder
+            names += ["ar_loss", "ar_accuracy"] + (["aux_loss"] if self.aux_scale > 0 else [])
+        self.metric_names = tuple(names)
+        self._constant_stm: torch.Tensor | None = None
+        if not self.with_encoder:
+            key = torch.tensor([signed_key(derive_key(config.seed, "stm"))])
+            self._constant_stm = draw_stm(config.model, key)
+
+    def frozen_parameters(self) -> Iterator[nn.Parameter]:
+        """Memory cross-attention of a decoder that trains alone: what it reads never changes."""
+        if self.with_decoder and not self.with_encoder:
+            for layer in self.decoder.layers:
+                for part in (layer.cross_norm, layer.stm_norm, layer.cross_attention):
+                    if part is not None:
+                        yield from part.parameters()
+
+    def local_counts(self, batch: TextBatch) -> dict[str, int]:
+        return {
+            "tokens": batch.tokens.numel(),
+            "masked": batch.masked_index.numel(),
+            "next": batch.next_index.numel(),
+        }
+
+    def terms(self, batch: TextBatch) -> dict[str, Term]:
+        terms: dict[str, Term] = {}
+        layers = None
+        if self.with_encoder:
+            layers = self.encoder(batch.masked_tokens, batch.layout)
+            features = self.mlm_head(layers[-1][batch.masked_index])
+            loss, correct = linear_cross_entropy(
+                features, self.mlm_head.weight, self.mlm_head.bias, batch.masked_targets, CROSS_ENTROPY_CHUNK
+            )
+            terms["mlm_loss"] = Term(loss, "masked", self.stage.encoder_loss_scale)
+            terms["mlm_accuracy"] = Term(correct, "masked")
+        if self.with_decoder:
+            memory = self.memory(layers, batch.layout, batch.token_keys)
+            output = self.decoder(batch.tokens, batch.layout, memory)
+            head = self.decoder.lm_head
+            loss, correct = linear_cross_entropy(
+                output.hidden[batch.next_index],
+                head.weight,
+                head.bias,
+                batch.next_targets,
+                CROSS_ENTROPY_CHUNK,
+            )
+            terms["ar_loss"] = Term(loss, "next", self.stage.decoder_loss_scale)
+            terms["ar_accuracy"] = Term(correct, "next")
+            if "aux_loss" in self.metric_names:
+                weight = self.stage.decoder_loss_scale * self.aux_scale
+                terms["aux_loss"] = Term(output.aux_sum, "tokens", weight)
+        return terms
+
+    def memory(
+        self, layers: torch.Tensor | None, layout: SequenceLayout, token_keys: torch.Tensor | None
+    ) -> Memory:
+        """Memory the decoder reads: detached encoder layers [L, N, D], or the constant initial STM.
+
+        While training, slots are dropped and noise is added as the stage says; both are pure functions
+        of ``token_keys`` [N] and the layer.
+        """
+        if layers is None:
+            assert self._constant_stm is not None
+            weight = next(self.decoder.parameters())
+            return Memory.of_stm(self._constant_stm.to(weight), layout)
+        states = layers.detach()
+        if self.training and token_keys is not None:
+            states = self._disturb(states, token_keys)
+        return Memory.of_sequence(states, layout)
+
+    @property
+    def generates(self) -> bool:
+        return self.with_decoder
+
+    def next_token_logits(self, tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        """Logits of the token after each sequence: [B, V], in the dtype of the weights.
+
+        The memory is what training would have given: the encoder's layers of the tokens so far.
+        """
+        layers = self.encoder(tokens, layout) if self.with_encoder else None
+        output = self.decoder(tokens, layout, self.memory(layers, layout, None))
+        last = layout.cu_seqlens[1:].long() - 1
+        return F.linear(output.hidden[last], self.decoder.lm_head.weight, self.decoder.lm_head.bias)
+
+    def _disturb(self, states: torch.Tensor, token_keys: torch.Tensor) -> torch.Tensor:
+        stage = self.stage
+        if stage.slot_dropout > 0:
+            keys = _layer_keys(token_keys, "slot_dropout", states.shape[0])
+            kept = uniform_tensor(keys) >= stage.slot_dropout
+            states = states * kept.unsqueeze(-1)
+        if stage.noise_level > 0:
+            keys = _layer_keys(token_keys, "noise", states.shape[0])
+            noise = normal_tensor(keys, states.shape[-1]) * stage.noise_level
+            states = states + noise.to(states.dtype)
+        return states
+
+
+def _layer_keys(token_keys: torch.Tensor, purpose: str, layers: int) -> torch.Tensor:
+    """One key for every layer and token: int64 [L, N]."""
+    bases = fold_in_tensor(token_keys, signed_key(derive_key(purpose)))
+    return fold_in_tensor(bases.unsqueeze(0), torch.arange(layers, device=bases.device).unsqueeze(1))

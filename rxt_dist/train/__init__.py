@@ -1,0 +1,1 @@
+"""The training run: engine, loop, evaluation, and what listens to them."""

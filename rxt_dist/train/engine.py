@@ -1,0 +1,156 @@
+"""The DeepSpeed engine of one stage, and access to the optimizer state that each rank owns.
+
+ZeRO-1/2 flatten the trainable parameters and give every rank a contiguous run of fp32 masters and
+moments. All reading and writing of that state goes through :meth:`StageEngine.owned_fragments`, which
+needs no communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from rxt_dist.checkpoint.fragments import CanonicalPart, Fragment, canonical_parts, clip_fragment
+from rxt_dist.data.batch import TextBatch
+from rxt_dist.parallel.bootstrap import configure_deepspeed
+from rxt_dist.stages import StageModule
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class StageEngine:
+    """Trains one stage module; owns the model's parameters until :meth:`close`.
+
+    ``model`` holds fp32 weights on the CPU when it comes in. Its trainable parameters become the
+    engine's; masters keep the full fp32 values also when the engine computes in bf16.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        module: StageModule,
+        deepspeed_config: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        configure_deepspeed()
+        import deepspeed
+
+        module.freeze()
+        self._parts = canonical_parts(model)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._names = {id(parameter): names[id(parameter)] for parameter in trainable}
+        masters = {self._names[id(parameter)]: parameter.detach().clone() for parameter in trainable}
+        trained = set(masters)
+        # The engine casts what is registered with it; frozen weights keep their fp32 values here.
+        self._frozen = {
+            name: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if name not in trained
+        }
+        self.module = module
+        self.engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=trainable, config=deepspeed_config
+        )
+        self._create_moments()
+        for name, part, _, fragment in self._owned(("master",)):
+            start = part.start + fragment.offset
+            whole = masters[name].view(-1)[start : start + fragment.values.numel()]
+            fragment.values.copy_(whole.to(device))
+
+    def forward(self, batch: TextBatch, counts: Mapping[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and metric vector of one micro-batch (see :meth:`StageModule.forward`)."""
+        loss, metrics = self.engine(batch, counts)
+        return loss, metrics
+
+    def backward_and_step(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient; the last micro-batch of a step also updates the weights."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.step()
+
+    def set_learning_rate(self, value: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = value
+
+    def gradient_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping."""
+        return float(self.engine.get_global_grad_norm())
+
+    def optimizer_step(self) -> int:
+        """Updates done by the optimizer of this stage."""
+        states = self.engine.optimizer.optimizer.state.values()
+        return max((int(state["step"]) for state in states), default=0)
+
+    def owned_fragments(self) -> dict[str, Fragment]:
+        """Everything of the masters and moments that this rank owns, by checkpoint key.
+
+        The values are views: writing into them changes the optimizer. Frozen and unused weights belong
+        to rank 0.
+        """
+        owned = {f"{_KEYS[kind]}.{part.name}": fragment for _, part, kind, fragment in self._owned(_KEYS)}
+        if torch.distributed.get_rank() == 0:
+            for name, values in self._frozen.items():
+                flat = values.view(-1)
+                for part in self._parts[name]:
+                    fragment = clip_fragment(part, 0, flat)
+                    assert fragment is not None
+                    owned[f"weight.{part.name}"] = fragment
+        return owned
+
+    def moment_fragments(self) -> dict[str, Fragment]:
+        """The moments this rank owns, by checkpoint key, as views."""
+        return {f"{kind}.{part.name}": fragment for _, part, kind, fragment in self._owned(_MOMENTS)}
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Set the step counter of bias correction, after the moments were loaded."""
+        for state in self.engine.optimizer.optimizer.state.values():
+            state["step"].fill_(step)
+
+    def tensor_shapes(self) -> dict[str, list[int]]:
+        """Shape of every canonical tensor of the model."""
+        return {part.name: list(part.shape) for parts in self._parts.values() for part in parts}
+
+    def close(self) -> None:
+        """Release the engine's memory and hooks."""
+        self.engine.destroy()
+
+    def _create_moments(self) -> None:
+        """Allocate zero moments for all groups, as the optimizer's first step would.
+
+        Needed to load before the first step; it also avoids a defect of DeepSpeed 0.19.8, which links
+        the state of all groups after the first group's first step, when the others have none.
+        """
+        zero = self.engine.optimizer
+        for group, flat in zip(
+            zero.optimizer.param_groups, zero.single_partition_of_fp32_groups, strict=True
+        ):
+            step_device = flat.device if group.get("fused") or group.get("capturable") else "cpu"
+            zero.optimizer.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32, device=step_device),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+
+    def _owned(self, kinds: Any) -> Iterator[tuple[str, CanonicalPart, str, Fragment]]:
+        """(parameter name, canonical part, kind, fragment) of every owned run; see ``owned_fragments``."""
+        zero = self.engine.optimizer
+        for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            state = zero.optimizer.state[flat]
+            for parameter in parameters:
+                mapping = parameter._hp_mapping
+                if mapping is None:  # another rank owns all of it
+                    continue
+                name = self._names[id(parameter)]
+                first, count = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+                for kind in kinds:
+                    source = flat if kind == "master" else state[kind]
+                    values = source.detach()[first : first + count]
+                    for part in self._parts[name]:
+                        fragment = clip_fragment(part, mapping.lp_fragment_address.start, values)
+                        if fragment is not None:
+                            yield name, part, kind, fragment
+
+
+_KEYS = {"master": "weight", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}

@@ -1,0 +1,185 @@
+"""The program that every rank runs: read the configuration, check everything, train."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from rxt_dist.checkpoint import CheckpointReader, find_checkpoint
+from rxt_dist.config import RunConfig, check_world_size, load_config, resolve_dataset
+from rxt_dist.config.run import STAGE_DATA, DataKind
+from rxt_dist.data.manifest import Manifest, load_manifest
+from rxt_dist.data.tokens import TOKENIZER_FILE, load_tokenizer
+from rxt_dist.errors import USER_ERROR_EXIT_CODE, ConfigError, RxtError
+from rxt_dist.kernels.attention import set_attention_backend
+from rxt_dist.observe.logging import setup_logging
+from rxt_dist.observe.metrics import TrainState
+from rxt_dist.observe.metrics_file import truncate_after
+from rxt_dist.parallel.bootstrap import World, start_process_group, world_from_environment
+from rxt_dist.train.callbacks import Callback, CallbackList, MetricsLog, ProgressBar, PrometheusCallback
+from rxt_dist.train.callbacks.metrics_log import EVALUATION_FILE, METRICS_FILE
+from rxt_dist.train.run_dir import CONFIG_FILE, check_continuation, create_run_dir
+
+logger = logging.getLogger(__name__)
+
+# A rank that fails while local rank 0 is about to print the same message waits this long, so that the
+# launcher does not end local rank 0 before it has spoken.
+_QUIET_SECONDS = 3.0
+
+T = TypeVar("T")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train the stages of a run file. Start with the deepspeed launcher or torchrun.",
+    )
+    parser.add_argument(
+        "--config", required=True, help="run file, or the name of a packaged one (tiny, micro, ...)"
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one value, e.g. --set stages.0.steps=100 (may be repeated)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint in runtime.run_dir"
+    )
+    parser.add_argument(
+        "--init-from", type=Path, metavar="PATH", help="checkpoint whose weights a new run starts from"
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help="set by the launcher; the environment decides"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of every rank. Returns the exit code; user errors are one message and code 2."""
+    arguments = parse_arguments(argv)
+    local_rank = 0
+    try:
+        world = world_from_environment()
+        local_rank = world.local_rank
+        setup_logging(world.rank)
+        _run(arguments, world)
+    except RxtError as error:
+        if local_rank != 0:
+            time.sleep(_QUIET_SECONDS)
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        return USER_ERROR_EXIT_CODE
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _run(arguments: argparse.Namespace, world: World) -> None:
+    """Everything that can be checked is checked before a process group exists."""
+    config = load_config(arguments.config, arguments.overrides)
+    check_world_size(config, world.size)
+    if arguments.resume and arguments.init_from is not None:
+        raise ConfigError("--resume and --init-from exclude each other: a resumed run has its own weights")
+    manifests = _open_datasets(config)
+    config = _resolve(config, manifests)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    set_attention_backend(config.runtime.attention_backend, world.device, dtype)
+    tokenizer_folder = next(iter(manifests.values()))[0] / "tokenizer"
+    start_process_group(world, config.runtime.collective_timeout_seconds)
+    weights = _on_main(world, lambda: _prepare(arguments, config, tokenizer_folder / TOKENIZER_FILE))
+    _train(config, world, tokenizer_folder, weights, arguments.resume)
+    dist.barrier()
+
+
+def _train(config: RunConfig, world: World, tokenizer: Path, weights: Path | None, resume: bool) -> None:
+    from rxt_dist.train.trainer import Trainer
+
+    reader = None if weights is None else CheckpointReader(weights, verified=True)
+    callbacks: list[Callback] = []
+    if config.metrics.prometheus.enabled:
+        first_step = reader.state.step if reader is not None and resume else 0
+        callbacks.append(PrometheusCallback(config, world, first_step))
+    if world.is_main:
+        callbacks += [MetricsLog(config.runtime.run_dir), ProgressBar()]
+    listeners = CallbackList(callbacks)
+    try:
+        listeners.on_state(TrainState.INIT)
+        trainer = Trainer(config, world, load_tokenizer(tokenizer), listeners, weights=reader, resume=resume)
+        trainer.run()
+    finally:
+        listeners.close()
+
+
+def _open_datasets(config: RunConfig) -> dict[DataKind, tuple[Path, Manifest]]:
+    """The manifests of the datasets that the stages read, by field of ``data``."""
+    manifests: dict[DataKind, tuple[Path, Manifest]] = {}
+    for stage in config.stages:
+        kind = STAGE_DATA[stage.name]
+        folder = getattr(config.data, kind)
+        if kind not in manifests:
+            manifest = load_manifest(folder)
+            if manifest.kind != kind:
+                raise ConfigError(f"data.{kind}: {folder} is a dataset of {manifest.kind}, expected {kind}")
+            manifests[kind] = (folder, manifest)
+    return manifests
+
+
+def _resolve(config: RunConfig, manifests: dict[DataKind, tuple[Path, Manifest]]) -> RunConfig:
+    first = next(iter(manifests.values()))[1]
+    hashes = {kind: manifest.tokenizer_sha256 for kind, (_, manifest) in manifests.items()}
+    return resolve_dataset(
+        config, vocab_size=first.vocab_size, special_ids=first.special_tokens, tokenizer_sha256=hashes
+    )
+
+
+def _prepare(arguments: argparse.Namespace, config: RunConfig, tokenizer: Path) -> Path | None:
+    """On rank 0: make or check the run folder; returns the checkpoint to start from, verified."""
+    run_dir = config.runtime.run_dir
+    if not arguments.resume:
+        start = None if arguments.init_from is None else _initial_checkpoint(arguments.init_from)
+        create_run_dir(config, tokenizer)
+        return start
+    if not (run_dir / CONFIG_FILE).is_file():
+        logger.warning("nothing to resume in %s: starting from the beginning", run_dir)
+        create_run_dir(config, tokenizer)
+        return None
+    checkpoint = find_checkpoint(run_dir)
+    state = None if checkpoint is None else CheckpointReader(checkpoint, verified=True).state
+    check_continuation(config, None if state is None else state.stage_index)
+    step = 0 if state is None else state.step
+    logger.info("resuming %s from step %d", run_dir, step)
+    for name in (METRICS_FILE, EVALUATION_FILE):
+        truncate_after(run_dir / name, step)
+    return checkpoint
+
+
+def _initial_checkpoint(path: Path) -> Path:
+    """A checkpoint folder as given, or the newest one of a run folder; its hashes are checked."""
+    found = find_checkpoint(path) if (path / "checkpoints").is_dir() else path
+    return CheckpointReader(found or path).path
+
+
+def _on_main(world: World, action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 and hand its result, or its user error, to all ranks."""
+    outcome: list[T | RxtError | None] = [None]
+    if world.is_main:
+        try:
+            outcome[0] = action()
+        except RxtError as error:
+            outcome[0] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], RxtError):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[return-value]

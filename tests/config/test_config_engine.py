@@ -1,0 +1,168 @@
+"""World sizes, batch arithmetic and the generated DeepSpeed configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rxt_dist.config import (
+    RunConfig,
+    accumulation_steps,
+    check_world_size,
+    deepspeed_config,
+    load_config,
+    micro_packs,
+    stage_optimizer,
+)
+from rxt_dist.errors import ConfigError, MeshError
+
+DATA = ["data.text=/data/text", "data.conversations=/data/conversations"]
+
+
+def tiny(*overrides: str) -> RunConfig:
+    return load_config("tiny", [*DATA, *overrides])
+
+
+def generate(config: RunConfig, dp_size: int = 1, stage: int = 0) -> dict[str, Any]:
+    optimizer = stage_optimizer(config, config.stages[stage])
+    return deepspeed_config(config, dp_size=dp_size, optimizer=optimizer)
+
+
+class TestWorldSize:
+    @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+    def test_divisors_of_the_packs(self, world_size: int) -> None:
+        assert check_world_size(tiny(), world_size) == world_size
+
+    @pytest.mark.parametrize("world_size", [0, 3, 16, -1])
+    def test_other_sizes_list_the_valid_ones(self, world_size: int) -> None:
+        with pytest.raises(MeshError) as caught:
+            check_world_size(tiny(), world_size)
+        assert str(caught.value) == (
+            f"world size: found {world_size} ranks; the data-parallel size must divide batch.packs (8), "
+            "valid world sizes: 1, 2, 4, 8"
+        )
+
+    def test_micro_packs_count(self) -> None:
+        config = tiny("batch.micro_packs=4")
+        assert check_world_size(config, 2) == 2
+        with pytest.raises(
+            MeshError, match=r"batch.packs \(8\) / batch.micro_packs \(4\), valid world sizes: 1, 2$"
+        ):
+            check_world_size(config, 4)
+
+    @pytest.mark.parametrize("field", ["tensor_size", "expert_size"])
+    def test_parallel_sizes_that_are_not_supported(self, field: str) -> None:
+        with pytest.raises(MeshError, match=f"^parallel.{field}: found 2; valid: 1$"):
+            check_world_size(tiny(f"parallel.{field}=2"), 2)
+
+    @pytest.mark.parametrize(
+        ("micro", "dp", "expected"),
+        [("auto", 1, (8, 1)), ("auto", 4, (2, 1)), ("2", 1, (2, 4)), ("2", 4, (2, 1))],
+    )
+    def test_micro_batches(self, micro: str, dp: int, expected: tuple[int, int]) -> None:
+        config = tiny(f"batch.micro_packs={micro}")
+        assert (micro_packs(config, dp), accumulation_steps(config, dp)) == expected
+
+
+class TestGeneration:
+    def test_our_fields_arrive(self) -> None:
+        config = tiny("batch.micro_packs=2", "zero.stage=2", "stages.1.optimizer={lr: 5e-4, clip_norm: 0.5}")
+        generated = generate(config, dp_size=2, stage=1)
+        assert generated["train_batch_size"] == 8
+        assert generated["train_micro_batch_size_per_gpu"] == 2
+        assert generated["gradient_accumulation_steps"] == 2
+        assert generated["gradient_clipping"] == 0.5
+        assert generated["zero_optimization"]["stage"] == 2
+        assert generated["zero_optimization"]["reduce_bucket_size"] == 1_000_000
+        assert generated["zero_optimization"]["overlap_comm"] is False
+        assert generated["optimizer"]["type"] == "AdamW"
+        params = generated["optimizer"]["params"]
+        assert params["lr"] == 5e-4
+        assert params["betas"] == [0.9, 0.99]
+        assert params["torch_adam"] is True
+        assert "bf16" not in generated
+
+    def test_bf16(self) -> None:
+        assert generate(tiny("precision=bf16"))["bf16"] == {"enabled": True}
+
+    @pytest.mark.parametrize(
+        ("zero_stage", "micro", "precision", "fp32"),
+        [
+            (2, "2", "bf16", True),
+            (2, "auto", "bf16", False),
+            (1, "2", "bf16", False),
+            (2, "2", "fp32", False),
+        ],
+    )
+    def test_gradients_accumulate_in_fp32(
+        self, zero_stage: int, micro: str, precision: str, fp32: bool
+    ) -> None:
+        config = tiny(f"zero.stage={zero_stage}", f"batch.micro_packs={micro}", f"precision={precision}")
+        found = generate(config).get("data_types")
+        assert found == ({"grad_accum_dtype": "fp32"} if fp32 else None)
+
+    def test_fused_is_the_callers_choice(self) -> None:
+        config = tiny()
+        optimizer = stage_optimizer(config, config.stages[0])
+        fused = deepspeed_config(config, dp_size=1, optimizer=optimizer, fused=True)
+        assert fused["optimizer"]["params"]["fused"] is True
+        assert generate(config)["optimizer"]["params"]["fused"] is False
+
+    def test_deepspeed_accepts_it(self) -> None:
+        deepspeed = pytest.importorskip("deepspeed.runtime.config")
+        for precision in ("fp32", "bf16"):
+            generated = generate(tiny("batch.micro_packs=2", "zero.stage=2", f"precision={precision}"))
+            parsed = deepspeed.DeepSpeedConfig(generated)
+            assert parsed.train_batch_size == 8
+            assert parsed.gradient_accumulation_steps == 4
+            assert parsed.zero_config.stage == 2
+            assert parsed.bfloat16_config.enabled is (precision == "bf16")
+
+
+class TestOverrides:
+    def test_other_keys_are_merged_deeply(self) -> None:
+        config = tiny(
+            "precision=bf16",
+            "deepspeed={bf16: {check_grad_overflow: false}, zero_optimization: {round_robin_gradients: true}, "
+            "wall_clock_breakdown: true, communication_data_type: fp32}",
+        )
+        generated = generate(config)
+        assert generated["bf16"] == {"enabled": True, "check_grad_overflow": False}
+        assert generated["zero_optimization"]["round_robin_gradients"] is True
+        assert generated["zero_optimization"]["stage"] == 1
+        assert generated["wall_clock_breakdown"] is True
+        assert generated["communication_data_type"] == "fp32"
+
+    @pytest.mark.parametrize(
+        ("block", "expected"),
+        [
+            ("{zero_optimization: {stage: 2}}", "deepspeed.zero_optimization.stage: cannot be set here; set zero.stage instead"),
+            ("{zero_optimization: {overlap_comm: true}}", "deepspeed.zero_optimization.overlap_comm: cannot be set here; set zero.overlap_comm instead"),
+            ("{zero_optimization: {offload_optimizer: {device: cpu}}}", "deepspeed.zero_optimization.offload_optimizer: cannot be set here; not supported; remove it"),
+            ("{gradient_clipping: 0.5}", "deepspeed.gradient_clipping: cannot be set here; set optimizer.clip_norm instead"),
+            ("{train_batch_size: 8}", "deepspeed.train_batch_size: cannot be set here; set batch.packs instead"),
+            ("{gradient_accumulation_steps: 1}", "deepspeed.gradient_accumulation_steps: cannot be set here; set batch.micro_packs instead"),
+            ("{optimizer: {type: Lamb}}", "deepspeed.optimizer: cannot be set here; set optimizer instead"),
+            ("{scheduler: {}}", "deepspeed.scheduler: cannot be set here; set optimizer.schedule instead"),
+            ("{bf16: {enabled: true}}", "deepspeed.bf16.enabled: cannot be set here; set precision instead"),
+            ("{fp16: {enabled: true}}", "deepspeed.fp16: cannot be set here; set precision instead (fp32 or bf16)"),
+            ("{bf16: true}", "deepspeed.bf16: found True; must be a mapping"),
+            ("{flops_profile: {}}", "deepspeed.flops_profile: not a DeepSpeed key that can be set here; did you mean deepspeed.flops_profiler?"),
+            ("{expert_parallel: {}}", "deepspeed.expert_parallel: cannot be set here; set parallel.expert_size instead"),
+        ],
+    )  # fmt: skip
+    def test_conflicts_name_our_field(self, block: str, expected: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            tiny(f"deepspeed={block}")
+        assert str(caught.value) == f"tiny with --set: {expected}"
+
+    def test_a_loss_that_is_scaled_elsewhere(self) -> None:
+        with pytest.raises(ConfigError, match="deepspeed.prescale_gradients: cannot be set here; fixed"):
+            tiny("deepspeed.prescale_gradients=true")
+
+    def test_unknown_keys_list_the_valid_ones(self) -> None:
+        with pytest.raises(
+            ConfigError, match="deepspeed.qqq: not a DeepSpeed key .* valid: bf16, comms_logger"
+        ):
+            tiny("deepspeed.qqq=1")
