@@ -28,7 +28,7 @@ help: ## list the targets
 
 setup: $(READY) ## make the virtual environment (every other target does it by itself)
 
-demo: $(READY) ## prepare the embedded corpus, train all stages on 2 ranks, evaluate, draw the curves
+demo: $(READY) ## prepare a small corpus, train on 2 ranks, evaluate, draw the curves
 	$(BIN)/rxt demo
 
 # The tests compare ranks and restarts bit by bit: CPU only and one thread, on every machine.
@@ -59,7 +59,7 @@ clean: ## remove the virtual environment, caches and built packages (runs and da
 $(READY): pyproject.toml constraints-cpu.txt
 	@set -eu; \
 	python=; \
-	for candidate in $(PYTHON); do \
+	for candidate in $(abspath $(BIN)/python) $(PYTHON); do \
 	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    python=$$candidate; break; \
 	  fi; \
@@ -69,7 +69,8 @@ $(READY): pyproject.toml constraints-cpu.txt
 	  exit 1; \
 	fi; \
 	cuda_torch=$$("$$python" -c '$(FIND_CUDA_TORCH)' 2>/dev/null || true); \
-	if ! "$$python" -m venv $${cuda_torch:+--system-site-packages} $(VENV); then \
+	if ! $(BIN)/python -m pip --version >/dev/null 2>&1 \
+	    && ! "$$python" -m venv --clear $${cuda_torch:+--system-site-packages} $(VENV); then \
 	  echo "error: $$python cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
 	  exit 1; \
 	fi; \

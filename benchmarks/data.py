@@ -1,4 +1,4 @@
-"""Speed of the data path in one thread: reading, packing plus batching, and planning the order.
+"""Speed of the data path in one thread: reading, packing plus batching, planning order and lanes.
 
     python -m benchmarks.data [--tokens 20000000] [--folder /fast/disk]
 
@@ -21,6 +21,7 @@ import torch
 
 from rxt_dist.data.batch import MaskPlan, build_text_batch, count_pack
 from rxt_dist.data.format import ConversationTokens, Kind, ShardWriter, token_dtype
+from rxt_dist.data.lanes import LaneSchedule, LaneState
 from rxt_dist.data.manifest import Manifest, ShardInfo, SplitCounts, fingerprint_of, write_manifest
 from rxt_dist.data.order import PackCursor, PackStream
 from rxt_dist.data.pieces import InteractionPieces, TextPieces
@@ -90,7 +91,6 @@ def bench_source(
     source: TextPieces | InteractionPieces, pack_tokens: int, repeats: int
 ) -> list[tuple[str, float]]:
     """Rates of one dataset in tokens a second."""
-    total = int(source.lengths.sum())
     stream = PackStream(source.lengths, key=1, pack_tokens=pack_tokens)
     plan, packs, cursor = MaskPlan(1, 0.15), [], PackCursor()
     while cursor.epoch == 0:
@@ -132,6 +132,18 @@ def bench_order(pieces: int, repeats: int) -> float:
     return pieces / min(seconds(epoch) for _ in range(repeats))
 
 
+def bench_lanes(conversations: int, lanes: int, repeats: int) -> float:
+    """Conversations a second of the lane schedule, in windows of 4 positions; 1..9 interactions each."""
+    counts = np.random.default_rng(0).integers(1, 10, conversations)
+
+    def epoch() -> None:
+        schedule, state = LaneSchedule(counts, key=1, lanes=lanes), LaneState.initial(lanes)
+        while state.epoch == 0:
+            _, state = schedule.next_window(state, 4)
+
+    return conversations / min(seconds(epoch) for _ in range(repeats))
+
+
 def main() -> None:
     """Build the datasets, measure, print the table."""
     parser = argparse.ArgumentParser(
@@ -159,6 +171,10 @@ def main() -> None:
         ):
             for work, rate in bench_source(source, arguments.pack_tokens, arguments.repeats):
                 print(f"{name:28}{work:30}{rate / 1e6:>8.1f} M tokens/s")
+    for lanes in (64, 1024):
+        rate = bench_lanes(arguments.pieces // 4, lanes, arguments.repeats)
+        name = f"{arguments.pieces // 4:,} conversations"
+        print(f"{name:28}{f'schedule of {lanes} lanes':30}{rate / 1e6:>8.1f} M conversations/s")
     rate = bench_order(arguments.pieces, arguments.repeats)
     print(
         f"{f'{arguments.pieces:,} pieces':28}{'order and packs of an epoch':30}{rate / 1e6:>8.1f} M pieces/s"

@@ -23,6 +23,7 @@ class Section(BaseModel):
         frozen=True,
         strict=True,
         allow_inf_nan=False,
+        ser_json_inf_nan="constants",  # the raw DeepSpeed block may hold one
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,7 @@ def override_problems(overrides: Mapping[str, Any]) -> list[Problem]:
             hint = f"did you mean deepspeed.{close[0]}?" if close else f"valid: {', '.join(_OPEN_BLOCKS)}"
             problems.append(Problem(key, f"not a DeepSpeed key that can be set here; {hint}"))
         elif key in ("bf16", "zero_optimization") and not isinstance(value, Mapping):
-            problems.append(Problem(key, f"found {value!r}; must be a mapping"))
+            problems.append(Problem(key, f"found {json.dumps(value)}; must be a mapping"))
         elif isinstance(value, Mapping):
             owned = [f"{key}.{inner}" for inner in value if f"{key}.{inner}" in _OWNED_KEYS]
             problems += [Problem(dotted, f"cannot be set here; {_OWNED_KEYS[dotted]}") for dotted in owned]

@@ -12,6 +12,7 @@ without ``extends`` changes single fields of it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -166,7 +167,9 @@ def _read_mapping(file: Path) -> dict[str, Any]:
 def _names(extends: Any, source: str) -> list[str]:
     names = [extends] if isinstance(extends, str) else extends
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"{source}: extends: found {extends!r}; must be a file or a list of files")
+        raise ConfigError(
+            f"{source}: extends: found {json.dumps(extends)}; must be a file or a list of files"
+        )
     return names
 
 
@@ -225,7 +228,7 @@ def _step_into(target: Any, key: str, path: str, source: str) -> Any:
 
 
 def _not_a_section(path: str, value: Any, source: str) -> ConfigError:
-    return ConfigError(f"{source}: {path}: found {value!r}, which has no fields to set")
+    return ConfigError(f"{source}: {path}: found {json.dumps(value)}, which has no fields to set")
 
 
 def _index(items: list[Any], key: str, path: str, source: str) -> int:

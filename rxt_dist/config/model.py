@@ -313,7 +313,10 @@ class ModelConfig(Section):
             ("memory_attention", self.memory_attention),
         ):
             rotated = isinstance(component, MemoryAttentionConfig) or component.use_rope
-            problems += _width_problems(f"{name}.heads", component.heads, self.embed_dim, rotated)
+            wrong_width = _width_problems(f"{name}.heads", component.heads, self.embed_dim, rotated)
+            if wrong_width:
+                problems += wrong_width
+                continue
             for field in type(component).model_fields:
                 attention = getattr(component, field)
                 if isinstance(attention, AttentionConfig):

@@ -9,8 +9,9 @@ Shape legend: n pieces, N tokens, m masked tokens, t supervised next tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,25 +26,25 @@ _COUNT_CHUNK = 1 << 15  # tokens hashed at once: the temporaries stay in the pro
 
 
 class TensorRecord:
-    """Base of frozen dataclasses that hold tensors: moving and pinning field by field."""
+    """Base of frozen dataclasses that hold tensors, layouts, and records of them or tuples of records."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Copy of the record with every tensor on ``device``."""
-        moved = {
-            field.name: value.to(device, non_blocking=non_blocking)
-            for field in fields(self)  # type: ignore[arg-type]
-            if isinstance(value := getattr(self, field.name), (torch.Tensor, SequenceLayout, TensorRecord))
-        }
-        return replace(self, **moved)  # type: ignore[type-var]
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
         """Copy in page-locked memory (a CUDA device must be present)."""
-        pinned = {
-            field.name: value.pin_memory()
-            for field in fields(self)  # type: ignore[arg-type]
-            if isinstance(value := getattr(self, field.name), (torch.Tensor, SequenceLayout, TensorRecord))
-        }
-        return replace(self, **pinned)  # type: ignore[type-var]
+        return self._map(lambda value: value.pin_memory())
+
+    def _map(self, change: Callable[[Any], Any]) -> Self:
+        changed = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, (torch.Tensor, SequenceLayout, TensorRecord)):
+                changed[field.name] = change(value)
+            elif isinstance(value, tuple):
+                changed[field.name] = tuple(change(item) for item in value)
+        return replace(self, **changed)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)

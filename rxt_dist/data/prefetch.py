@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 ItemT = TypeVar("ItemT")
 
-_POLL_SECONDS = 0.1  # how soon a thread that waits for room notices that it is to stop
+_POLL_SECONDS = 0.02  # how soon a thread that waits for room notices that it is to stop
 
 
 class _End:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
-
-from pydantic import ValidationError
+from typing import Any, Literal, TypeVar
 
 from rxt_dist.config import (
     AttentionConfig,
@@ -80,8 +78,14 @@ WITHOUT_EFFECT = {
     "use_moe_aux_loss",
     "moe_aux_loss_scale",
 }
-_ACTIVATIONS = {"swish": "silu", "silu": "silu", "gelu": "gelu", "relu": "relu"}
-_HEAD_NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
+_ACTIVATIONS: dict[str, Literal["silu", "gelu", "relu"]] = {
+    "swish": "silu",
+    "silu": "silu",
+    "gelu": "gelu",
+    "relu": "relu",
+}
+_HEAD_NORMS: dict[str, Literal["layer", "rms"]] = {"layer_norm": "layer", "rms_norm": "rms"}
+_Name = TypeVar("_Name")
 
 
 def with_defaults(
@@ -94,7 +98,9 @@ def with_defaults(
     return {**defaults, **{key: value for key, value in config.items() if key in defaults}}
 
 
-def heads(values: Mapping[str, Any], prefix: str, type_key: str, query_rows: int | None) -> tuple[int, int]:
+def attention_heads(
+    values: Mapping[str, Any], prefix: str, type_key: str, query_rows: int | None
+) -> tuple[int, int]:
     """(query heads, key/value heads) of one attention.
 
     Args:
@@ -112,7 +118,9 @@ def heads(values: Mapping[str, Any], prefix: str, type_key: str, query_rows: int
     kind = values[type_key]
     if kind == "sqa" and query_groups is None:
         if query_rows is None:
-            raise CheckpointError(f"config: {prefix}_query_groups is missing; sqa needs a number of query heads")
+            raise CheckpointError(
+                f"config: {prefix}_query_groups is missing; sqa needs a number of query heads"
+            )
         query_groups = query_rows * total // values["embed_dim"]
     counts = {
         "mha": (total, total),
@@ -125,18 +133,36 @@ def heads(values: Mapping[str, Any], prefix: str, type_key: str, query_rows: int
     return counts[kind]
 
 
-def _choice(values: Mapping[str, Any], key: str, names: Mapping[str, str]) -> str:
+def _choice(values: Mapping[str, Any], key: str, names: Mapping[str, _Name]) -> _Name:
     if values[key] not in names:
         raise CheckpointError(f"config: {key} is {values[key]!r}; valid: {', '.join(names)}")
     return names[values[key]]
 
 
-def attention_config(
-    values: Mapping[str, Any], prefix: str, type_key: str, query_rows: int | None, *, gated: bool, qk_norm: bool
-) -> AttentionConfig:
-    query, kv = heads(values, prefix, type_key, query_rows)
-    bias = values["use_attention_output_bias"]
-    return AttentionConfig(query_heads=query, kv_heads=kv, output_bias=bias, gated=gated, qk_norm=qk_norm)
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _self_attention(values: Mapping[str, Any], shapes: Shapes) -> AttentionConfig:
+    rows = shapes.get("model.layers.0.attention.q_proj.weight", (None,))[0]
+    query, kv = attention_heads(values, "att", "self_att_type", rows)
+    return AttentionConfig(
+        query_heads=query,
+        kv_heads=kv,
+        output_bias=values["use_attention_output_bias"],
+        gated=values["use_gated_attention"],
+    )
+
+
+def _cross_attention(values: Mapping[str, Any], shapes: Shapes) -> AttentionConfig:
+    rows = shapes.get("model.layers.0.memory_cross_attention.q_proj.weight", (None,))[0]
+    query, kv = attention_heads(values, "cross_att", "cross_att_type", rows)
+    gated = values["use_gated_cross_attention"]
+    return AttentionConfig(
+        query_heads=query,
+        kv_heads=kv,
+        output_bias=values["use_attention_output_bias"],
+        gated=values["use_gated_attention"] if gated is None else gated,
+    )
 
 
 def _moe_config(values: Mapping[str, Any]) -> MoEConfig | None:
@@ -154,28 +180,14 @@ def _moe_config(values: Mapping[str, Any]) -> MoEConfig | None:
     )
 
 
-def decoder_config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+def decoder_config(values: Mapping[str, Any], shapes: Shapes) -> ModelConfig:
     """The model of a published decoder; ``shapes`` of its tensors settle what its config leaves open."""
-    rows = {kind: shapes.get(f"model.layers.0.{kind}.q_proj.weight", (None,))[0] for kind in _ATTENTIONS}
-    cross_gated = values["use_gated_cross_attention"]
-    gated = values["use_gated_attention"]
-    attention = attention_config(
-        values, "att", "self_att_type", rows["attention"], gated=gated, qk_norm=False
-    )
-    cross = attention_config(
-        values,
-        "cross_att",
-        "cross_att_type",
-        rows["memory_cross_attention"],
-        gated=gated if cross_gated is None else cross_gated,
-        qk_norm=False,
-    )
     decoder = DecoderConfig(
         num_layers=values["num_layers"],
         heads=values["att_heads"],
         ff_dim=values["ff_dim"],
-        attention=attention,
-        cross_attention=cross,
+        attention=_self_attention(values, shapes),
+        cross_attention=_cross_attention(values, shapes),
         gated_ff=values["use_gated"],
         activation=_choice(values, "ff_activation", _ACTIVATIONS),
         use_rope=not values["use_nope"],
@@ -187,47 +199,56 @@ def decoder_config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ..
         dense_layer_dim=values["dense_layer_dim"],
     )
     encoder = EncoderConfig(
-        num_layers=decoder.num_layers, heads=decoder.heads, ff_dim=decoder.ff_dim, attention=attention
+        num_layers=decoder.num_layers, heads=decoder.heads, ff_dim=decoder.ff_dim, attention=decoder.attention
     )
     return _model(values, encoder, decoder)
 
 
-def encoder_config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+def encoder_config(values: Mapping[str, Any], shapes: Shapes) -> ModelConfig:
     """The model of a published encoder."""
-    rows = {kind: shapes.get(f"model.layers.0.{kind}.q_proj.weight", (None,))[0] for kind in _ATTENTIONS}
-    gated = values["use_gated_attention"]
-    attention = attention_config(
-        values, "att", "self_att_type", rows["attention"], gated=gated, qk_norm=False
-    )
-    cross = None
-    if not values["skip_memory_cross_attention"]:
-        cross_gated = values["use_gated_cross_attention"]
-        cross = attention_config(
-            values,
-            "cross_att",
-            "cross_att_type",
-            rows["memory_cross_attention"],
-            gated=gated if cross_gated is None else cross_gated,
-            qk_norm=False,
-        )
+    unused = None if values["skip_memory_cross_attention"] else _cross_attention(values, shapes)
     encoder = EncoderConfig(
         num_layers=values["num_layers"],
         heads=values["att_heads"],
         ff_dim=values["ff_dim"],
-        attention=attention,
+        attention=_self_attention(values, shapes),
         gated_ff=values["use_gated"],
         activation=_choice(values, "ff_activation", _ACTIVATIONS),
         use_rope=not values["use_nope"],
-        memory_cross_attention=cross,
+        memory_cross_attention=unused,
     )
-    decoder = DecoderConfig(
+    return _model(values, encoder, _any_decoder(encoder))
+
+
+def mlm_head_config(width: int, vocab_size: int) -> ModelConfig:
+    """The model around a published MLM head, which is known by its shapes alone."""
+    attention = AttentionConfig(query_heads=1, kv_heads=1)
+    encoder = EncoderConfig(num_layers=1, heads=1, ff_dim=1, attention=attention, use_rope=False)
+    values = {**COMPONENT_DEFAULTS, "embed_dim": width, "vocab_size": vocab_size}
+    return _model(values, encoder, _any_decoder(encoder))
+
+
+def _any_decoder(encoder: EncoderConfig) -> DecoderConfig:
+    return DecoderConfig(
         num_layers=encoder.num_layers,
         heads=encoder.heads,
         ff_dim=encoder.ff_dim,
-        attention=attention,
-        cross_attention=attention,
+        attention=encoder.attention,
+        cross_attention=encoder.attention,
+        use_rope=encoder.use_rope,
     )
-    return _model(values, encoder, decoder)
 
 
-_ATTENTIONS = ("attention", "memory_cross_attention")
+def _model(values: Mapping[str, Any], encoder: EncoderConfig, decoder: DecoderConfig) -> ModelConfig:
+    return ModelConfig(
+        name="reference",
+        vocab_size=values["vocab_size"],
+        embed_dim=values["embed_dim"],
+        seq_len=values["seq_len"],
+        stm_size=values["stm_size"],
+        norm="rms" if values["use_rms_norm"] else "layer",
+        rope_base=float(values["rope_base"]),
+        encoder=encoder,
+        decoder=decoder,
+        memory_attention=MemoryAttentionConfig(heads=encoder.heads, attention=encoder.attention),
+    )

@@ -226,7 +226,7 @@ class _PaddedView:
 def _grid(x: torch.Tensor, place: torch.Tensor | None, groups: int, width: int) -> torch.Tensor:
     """[N, heads, d] -> [B, heads, T, d]."""
     padded: torch.Tensor = x if place is None else _PadRows.apply(x, place, groups * width)  # type: ignore[no-untyped-call]
-    return padded.unflatten(0, (groups, width)).transpose(1, 2)
+    return padded.reshape(groups, width, *x.shape[1:]).transpose(1, 2)
 
 
 def _sdpa(

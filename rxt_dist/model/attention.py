@@ -38,7 +38,7 @@ class _Attention(nn.Module):
         return {} if self.gate is None else {"gate.weight": Normal(mean=1.0, std=0.01)}
 
     def _heads(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.unflatten(-1, (-1, self.head_width))
+        return rows.view(*rows.shape[:-1], -1, self.head_width)
 
     def _project(self, heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Heads [N, H, d] -> [N, D]; the gate sees the query input ``x`` [N, D]."""
@@ -69,7 +69,7 @@ class SelfAttention(_Attention):
 
     def forward(self, x: torch.Tensor, layout: AttentionLayout, rotation: Rotation | None) -> torch.Tensor:
         heads = self._heads(self.qkv(x))
-        q, k, v = heads.split((self.query_heads, self.kv_heads, self.kv_heads), dim=-2)
+        q, k, v = torch.split(heads, [self.query_heads, self.kv_heads, self.kv_heads], dim=-2)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
@@ -100,7 +100,7 @@ class CrossAttention(_Attention):
         self, x: torch.Tensor, memory: torch.Tensor, layout: AttentionLayout, rotation: Rotation | None
     ) -> torch.Tensor:
         q = self._heads(self.q(x))
-        k, v = self._heads(self.kv(memory)).split(self.kv_heads, dim=-2)
+        k, v = torch.split(self._heads(self.kv(memory)), self.kv_heads, dim=-2)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:

@@ -80,7 +80,7 @@ def initialise(model: nn.Module, seed: int) -> None:
                 _draw(expert, distributions[name], derive_key(seed, "init", name, first + index))
             continue
         for part, (canonical, _) in zip(
-            parameter.split([size for _, size in names[name]]), names[name], strict=True
+            torch.split(parameter, [size for _, size in names[name]]), names[name], strict=True
         ):
             _draw(part, distributions[name], derive_key(seed, "init", canonical))
 

@@ -214,8 +214,9 @@ class MoE(nn.Module):
         order = ExpertOrder.of(routing.experts, self.config.num_experts)
         rows = repeat_permuted(x, order.order, order.inverse, self.config.top_k)
         rows = self.experts(rows, order.offsets, order.expert_of_row)
-        slots = permute_rows(rows, order.inverse, order.order).unflatten(0, routing.experts.shape)
-        return (slots * routing.weights.to(slots.dtype)[..., None]).sum(dim=1)
+        slots = permute_rows(rows, order.inverse, order.order).view(*routing.experts.shape, -1)
+        combined: torch.Tensor = (slots * routing.weights.to(slots.dtype)[..., None]).sum(dim=1)
+        return combined
 
     def _join(self, routed: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
         if not self.config.weighted_shared_experts:

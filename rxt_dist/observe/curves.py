@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rxt_dist.errors import DataError
-from rxt_dist.observe.metrics_file import read_metrics
+from rxt_dist.observe.metrics_file import EVALUATION_FILE, METRICS_FILE, read_metrics
 
-METRICS_NAME = "metrics.jsonl"
-EVALUATION_NAME = "eval.jsonl"
-CURVES_NAME = "curves.png"
+CURVES_FILE = "curves.png"
 
 _WIDTH_PER_STAGE = 5.0
 _HEIGHT = 4.0
@@ -32,14 +30,14 @@ def plot_curves(run_dir: Path) -> Path:
     Raises:
         DataError: there is no loss to draw, or matplotlib is not installed.
     """
-    metrics = read_metrics(run_dir / METRICS_NAME)
-    evaluations = read_metrics(run_dir / EVALUATION_NAME)
+    metrics = read_metrics(run_dir / METRICS_FILE)
+    evaluations = read_metrics(run_dir / EVALUATION_FILE)
     stages = list(
         dict.fromkeys(record["stage"] for record in metrics if "stage" in record and _losses(record))
     )
     if not stages:
         raise DataError(
-            f"{run_dir / METRICS_NAME}: no record of a training step with a loss, nothing to draw"
+            f"{run_dir / METRICS_FILE}: no record of a training step with a loss, nothing to draw"
         )
     figure_class, agg_canvas = _matplotlib()
     figure = figure_class(figsize=(_WIDTH_PER_STAGE * len(stages), _HEIGHT), layout="constrained")
@@ -48,7 +46,7 @@ def plot_curves(run_dir: Path) -> Path:
     panels = figure.subplots(1, len(stages), squeeze=False)[0]
     for panel, stage in zip(panels, stages, strict=True):
         _draw_stage(panel, stage, metrics, evaluations)
-    path = run_dir / CURVES_NAME
+    path = run_dir / CURVES_FILE
     canvas.print_figure(path, dpi=_DOTS_PER_INCH)
     return path
 
@@ -66,7 +64,7 @@ def _draw_stage(panel: Any, stage: str, metrics: Sequence[Record], evaluations: 
             )
     panel.set_title(stage)
     panel.set_xlabel("step")
-    panel.set_ylabel("loss per supervised token")
+    panel.set_ylabel("loss")
     panel.grid(visible=True, alpha=0.3)
     panel.legend()
 

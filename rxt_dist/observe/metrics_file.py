@@ -21,6 +21,11 @@ from typing import Any, Self
 
 _logger = logging.getLogger(__name__)
 
+METRICS_FILE = "metrics.jsonl"
+"""Name, in the folder of a run, of the file of logged training steps."""
+EVALUATION_FILE = "eval.jsonl"
+"""Name, in the folder of a run, of the file of evaluations."""
+
 
 class MetricsFile:
     """Append-only writer of one metrics file, for one process.

@@ -124,7 +124,9 @@ class Trainer:
                 )
         module = build_stage(model, config, stage)
         module.to(world.device)
-        settings = deepspeed_config(config, dp_size=world.size, optimizer=stage_optimizer(config, stage))
+        fused = world.device.type == "cuda"
+        optimizer = stage_optimizer(config, stage)
+        settings = deepspeed_config(config, dp_size=world.size, optimizer=optimizer, fused=fused)
         engine = StageEngine(model, module, settings, world.device)
         resumed = self._resumed
         if reader is not None and resumed is not None and resumed.stage_index == self._position.stage_index:

@@ -124,7 +124,8 @@ class TestOverrides:
     def test_other_keys_are_merged_deeply(self) -> None:
         config = tiny(
             "precision=bf16",
-            "deepspeed={bf16: {check_grad_overflow: false}, zero_optimization: {round_robin_gradients: true}, "
+            "deepspeed={bf16: {check_grad_overflow: false}, "
+            "zero_optimization: {round_robin_gradients: true}, "
             "wall_clock_breakdown: true, communication_data_type: fp32}",
         )
         generated = generate(config)
@@ -135,34 +136,52 @@ class TestOverrides:
         assert generated["communication_data_type"] == "fp32"
 
     @pytest.mark.parametrize(
-        ("block", "expected"),
+        ("block", "key", "instead"),
         [
-            ("{zero_optimization: {stage: 2}}", "deepspeed.zero_optimization.stage: cannot be set here; set zero.stage instead"),
-            ("{zero_optimization: {overlap_comm: true}}", "deepspeed.zero_optimization.overlap_comm: cannot be set here; set zero.overlap_comm instead"),
-            ("{zero_optimization: {offload_optimizer: {device: cpu}}}", "deepspeed.zero_optimization.offload_optimizer: cannot be set here; not supported; remove it"),
-            ("{gradient_clipping: 0.5}", "deepspeed.gradient_clipping: cannot be set here; set optimizer.clip_norm instead"),
-            ("{train_batch_size: 8}", "deepspeed.train_batch_size: cannot be set here; set batch.packs instead"),
-            ("{gradient_accumulation_steps: 1}", "deepspeed.gradient_accumulation_steps: cannot be set here; set batch.micro_packs instead"),
-            ("{optimizer: {type: Lamb}}", "deepspeed.optimizer: cannot be set here; set optimizer instead"),
-            ("{scheduler: {}}", "deepspeed.scheduler: cannot be set here; set optimizer.schedule instead"),
-            ("{bf16: {enabled: true}}", "deepspeed.bf16.enabled: cannot be set here; set precision instead"),
-            ("{fp16: {enabled: true}}", "deepspeed.fp16: cannot be set here; set precision instead (fp32 or bf16)"),
-            ("{bf16: true}", "deepspeed.bf16: found True; must be a mapping"),
-            ("{flops_profile: {}}", "deepspeed.flops_profile: not a DeepSpeed key that can be set here; did you mean deepspeed.flops_profiler?"),
-            ("{expert_parallel: {}}", "deepspeed.expert_parallel: cannot be set here; set parallel.expert_size instead"),
+            ("{zero_optimization: {stage: 2}}", "zero_optimization.stage", "set zero.stage instead"),
+            (
+                "{zero_optimization: {overlap_comm: true}}",
+                "zero_optimization.overlap_comm",
+                "set zero.overlap_comm instead",
+            ),
+            (
+                "{zero_optimization: {offload_optimizer: {device: cpu}}}",
+                "zero_optimization.offload_optimizer",
+                "not supported; remove it",
+            ),
+            ("{gradient_clipping: 0.5}", "gradient_clipping", "set optimizer.clip_norm instead"),
+            ("{train_batch_size: 8}", "train_batch_size", "set batch.packs instead"),
+            (
+                "{gradient_accumulation_steps: 1}",
+                "gradient_accumulation_steps",
+                "set batch.micro_packs instead",
+            ),
+            ("{optimizer: {type: Lamb}}", "optimizer", "set optimizer instead"),
+            ("{scheduler: {}}", "scheduler", "set optimizer.schedule instead"),
+            ("{bf16: {enabled: true}}", "bf16.enabled", "set precision instead"),
+            ("{fp16: {enabled: true}}", "fp16", "set precision instead (fp32 or bf16)"),
+            ("{expert_parallel: {}}", "expert_parallel", "set parallel.expert_size instead"),
         ],
-    )  # fmt: skip
-    def test_conflicts_name_our_field(self, block: str, expected: str) -> None:
+    )
+    def test_conflicts_name_our_field(self, block: str, key: str, instead: str) -> None:
         with pytest.raises(ConfigError) as caught:
             tiny(f"deepspeed={block}")
-        assert str(caught.value) == f"tiny with --set: {expected}"
+        assert str(caught.value) == f"tiny with --set: deepspeed.{key}: cannot be set here; {instead}"
+
+    def test_a_block_must_be_a_mapping(self) -> None:
+        with pytest.raises(ConfigError, match=r"deepspeed\.bf16: found true; must be a mapping$"):
+            tiny("deepspeed={bf16: true}")
+
+    def test_a_typo_names_the_nearest(self) -> None:
+        with pytest.raises(ConfigError, match=r"did you mean deepspeed\.flops_profiler\?$"):
+            tiny("deepspeed={flops_profile: {}}")
 
     def test_a_loss_that_is_scaled_elsewhere(self) -> None:
-        with pytest.raises(ConfigError, match="deepspeed.prescale_gradients: cannot be set here; fixed"):
+        with pytest.raises(ConfigError, match=r"deepspeed\.prescale_gradients: cannot be set here; fixed"):
             tiny("deepspeed.prescale_gradients=true")
 
     def test_unknown_keys_list_the_valid_ones(self) -> None:
         with pytest.raises(
-            ConfigError, match="deepspeed.qqq: not a DeepSpeed key .* valid: bf16, comms_logger"
+            ConfigError, match=r"deepspeed\.qqq: not a DeepSpeed key .* valid: bf16, comms_logger"
         ):
             tiny("deepspeed.qqq=1")

@@ -1,0 +1,252 @@
+"""From the lane schedule to the windows of one rank, for the conversation stages.
+
+Shape legend: G lanes of the run, b lanes of a micro-batch, W positions of a window, N tokens of one
+position, t supervised tokens of one position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+
+from rxt_dist.data.batch import TensorRecord, piece_positions, supervised_rows
+from rxt_dist.data.lanes import BoolArray, LaneSchedule, LaneState, LaneWindow
+from rxt_dist.data.order import Int64Array
+from rxt_dist.data.pieces import InteractionPieces
+from rxt_dist.data.prefetch import Prefetcher
+from rxt_dist.errors import ConfigError
+from rxt_dist.model.layout import SequenceLayout
+from rxt_dist.randomness import derive_key, fold_in
+
+
+@dataclass(frozen=True)
+class LaneInteractions(TensorRecord):
+    """One interaction of every lane of a micro-batch: sequence i of the layout belongs to lane i."""
+
+    tokens: torch.Tensor
+    """int64 [N] queries and answers, special tokens included."""
+    layout: SequenceLayout
+    token_keys: torch.Tensor
+    """int64 [N] counter-based key of every token: of (stage key, visit, interaction, position)."""
+    next_index: torch.Tensor
+    """int64 [t] rows whose next token is supervised: every answer token, [A] and [EOS] included."""
+    next_targets: torch.Tensor
+    """int64 [t] those next tokens."""
+    target_marks: torch.Tensor
+    """uint8 [t] d >= 1: the target can only be known from the interaction d interactions earlier."""
+    present: torch.Tensor
+    """bool [b] False where the lane has no such interaction: its sequence is then a single [PAD], because a
+    sequence without keys has no defined attention, and nothing of it may be used."""
+    reset: torch.Tensor
+    """bool [b] a conversation begins here: it reads a fresh STM."""
+    visits: torch.Tensor
+    """int64 [b] number of the conversation in the endless stream; keys the fresh STM."""
+    numbers: torch.Tensor
+    """int64 [b] number of the interaction in its conversation, from 0."""
+
+
+@dataclass(frozen=True)
+class WindowBatch(TensorRecord):
+    """A window of consecutive interactions of b lanes."""
+
+    lanes: torch.Tensor
+    """int64 [b] global numbers of the lanes, ascending."""
+    look_back: LaneInteractions | None
+    """The interaction before position 0 (nothing supervised); absent in lanes whose position 0 is a reset.
+    None if the loader was told not to read it."""
+    positions: tuple[LaneInteractions, ...]
+    """W of them, all present in every lane."""
+
+
+@dataclass(frozen=True)
+class WindowStep:
+    """What one rank processes in one optimizer step."""
+
+    batches: list[WindowBatch]
+    """Micro-batches of this rank, in the order of their lanes."""
+    counts: dict[str, int]
+    """Counts of the whole step over all ranks: "tokens", "answer" (supervised tokens), "resets". The
+    look-back is not counted."""
+    position_counts: list[dict[str, int]]
+    """The same for each of the W positions; they sum to ``counts``."""
+    state: LaneState
+    """State after this step: a loader that starts from it continues with the next step."""
+    wait_seconds: float = field(default=0.0, compare=False)
+    """Seconds that the training loop waited for this step's data."""
+
+
+class LaneLoader:
+    """Endless iterator over the windows of one rank.
+
+    The run has ``lanes`` lanes; rank r owns lanes [r lanes/dp_size, (r+1) lanes/dp_size) and processes
+    ``micro_lanes`` of them at once. Neither ``dp_size`` nor ``micro_lanes`` changes what the step holds.
+    Steps are built by a background thread, ``prefetch_steps`` ahead; call :meth:`close` (or use ``with``)
+    when done.
+    """
+
+    def __init__(
+        self,
+        source: InteractionPieces,
+        *,
+        key: int,
+        lanes: int,
+        micro_lanes: int,
+        window: int,
+        dp_rank: int,
+        dp_size: int,
+        pad_id: int,
+        look_back: bool = True,
+        state: LaneState | None = None,
+        prefetch_steps: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        """``key`` identifies the stage of the run: schedule and token keys derive from it. ``look_back``:
+        also read the interaction before the window, for stages that carry the STM from before its write.
+
+        Raises:
+            ConfigError: ``lanes`` is not a multiple of ``dp_size * micro_lanes``, or ``window`` < 1.
+        """
+        if lanes < 1 or micro_lanes < 1 or lanes % (dp_size * micro_lanes):
+            raise ConfigError(
+                f"batch.lanes: {lanes} must be a positive multiple of dp x batch.micro_lanes = "
+                f"{dp_size} x {micro_lanes}"
+            )
+        if window < 1:
+            raise ConfigError(f"window: found {window}, valid is 1 or more interactions")
+        share = lanes // dp_size
+        plan = _RankPlan(
+            source=source,
+            schedule=LaneSchedule(source.dataset.interactions, key=key, lanes=lanes),
+            token_key=derive_key(key, "token"),
+            window=window,
+            micro_batches=[
+                np.arange(start, start + micro_lanes)
+                for start in range(dp_rank * share, (dp_rank + 1) * share, micro_lanes)
+            ],
+            pad_id=pad_id,
+            look_back=look_back,
+            pin_memory=pin_memory and torch.cuda.is_available(),
+        )
+        first = LaneState.initial(lanes) if state is None else state
+        self._prefetcher = Prefetcher(plan.steps(first), prefetch_steps)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> WindowStep:
+        """The next step.
+
+        Raises:
+            DataError: a shard is missing or damaged, or the state does not fit the dataset and ``lanes``.
+        """
+        step, wait_seconds = self._prefetcher.get()
+        return replace(step, wait_seconds=wait_seconds)
+
+    def close(self) -> None:
+        """Stop the background thread; the loader cannot be used any more."""
+        self._prefetcher.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class _RankPlan:
+    """Everything that decides what one rank reads; the background thread holds nothing else."""
+
+    source: InteractionPieces
+    schedule: LaneSchedule
+    token_key: int
+    window: int
+    micro_batches: list[Int64Array]
+    """Lanes of each micro-batch of this rank."""
+    pad_id: int
+    look_back: bool
+    pin_memory: bool
+
+    def steps(self, state: LaneState) -> Iterator[WindowStep]:
+        """The endless steps of this rank from ``state`` on."""
+        while True:
+            window, state = self.schedule.next_window(state, self.window)
+            position_counts = self._counts(window)
+            batches = []
+            for lanes in self.micro_batches:
+                batch = self._batch(window, lanes)
+                batches.append(batch.pin_memory() if self.pin_memory else batch)
+            counts = {name: sum(c[name] for c in position_counts) for name in position_counts[0]}
+            yield WindowStep(batches, counts, position_counts, state)
+
+    def _pieces(self, window: LaneWindow) -> Int64Array:
+        """Piece of every lane and position: int64 [G, W]."""
+        return self.source.dataset.interaction_starts[window.conversations] + window.interactions
+
+    def _counts(self, window: LaneWindow) -> list[dict[str, int]]:
+        pieces = self._pieces(window)
+        columns = {
+            "tokens": self.source.lengths[pieces].sum(axis=0, dtype=np.int64),
+            "answer": self.source.answer_kept[pieces].sum(axis=0),
+            "resets": window.resets.sum(axis=0),
+        }
+        return [{name: int(column[w]) for name, column in columns.items()} for w in range(self.window)]
+
+    def _batch(self, window: LaneWindow, lanes: Int64Array) -> WindowBatch:
+        pieces, visits = self._pieces(window)[lanes], window.visits[lanes]
+        numbers, everywhere = window.interactions[lanes], np.ones(len(lanes), dtype=np.bool_)
+        look_back = None
+        if self.look_back:
+            present = numbers[:, 0] > 0
+            look_back = self._interactions(
+                pieces[:, 0] - 1, visits[:, 0], numbers[:, 0] - 1, present, supervise=False
+            )
+        positions = tuple(
+            self._interactions(pieces[:, w], visits[:, w], numbers[:, w], everywhere, supervise=True)
+            for w in range(self.window)
+        )
+        return WindowBatch(torch.from_numpy(lanes), look_back, positions)
+
+    def _interactions(
+        self,
+        pieces: Int64Array,
+        visits: Int64Array,
+        numbers: Int64Array,
+        present: BoolArray,
+        *,
+        supervise: bool,
+    ) -> LaneInteractions:
+        """Read one interaction a lane; ``pieces``, ``visits`` and ``numbers`` [b] count where ``present``."""
+        read = pieces[present]
+        lengths = np.ones(len(pieces), dtype=np.int64)
+        lengths[present] = self.source.lengths[read]
+        real = np.repeat(present, lengths)
+        tokens = np.full(len(real), self.pad_id, dtype=np.int64)
+        tokens[real] = self.source.read_tokens(read)
+        marks = np.zeros(len(real), dtype=np.uint8)
+        targets = np.zeros(len(pieces), dtype=np.int64)
+        if supervise:
+            marks[real] = self.source.read_marks(read)
+            targets[present] = self.source.answer_kept[read]
+        next_index = supervised_rows(lengths, targets)
+        lane_keys = fold_in(fold_in(self.token_key, visits), numbers)
+        token_keys = fold_in(np.repeat(lane_keys, lengths), piece_positions(lengths))
+        return LaneInteractions(
+            tokens=torch.from_numpy(tokens),
+            layout=SequenceLayout.from_lengths(lengths, torch.device("cpu")),
+            token_keys=torch.from_numpy(token_keys.view(np.int64)),
+            next_index=torch.from_numpy(next_index),
+            next_targets=torch.from_numpy(tokens[next_index + 1]),
+            target_marks=torch.from_numpy(marks[next_index + 1]),
+            present=torch.from_numpy(present.copy()),
+            reset=torch.from_numpy(present & (numbers == 0)),
+            visits=torch.from_numpy(visits.copy()),
+            numbers=torch.from_numpy(numbers.copy()),
+        )
