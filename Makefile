@@ -80,11 +80,12 @@ $(READY): pyproject.toml constraints-cpu.txt
 	  printf '%s\n' "$${cuda_torch#* }" > "$$packages/existing-torch.pth"; \
 	  printf 'torch==%s\n' "$${cuda_torch%% *}" > $(VENV)/constraints.txt; \
 	else \
+	  echo "setup: installing the CPU build of torch"; \
 	  cp constraints-cpu.txt $(VENV)/constraints.txt; \
-	  $(BIN)/python -m pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_CPU_INDEX) \
+	  $(BIN)/python -m pip install --quiet --no-deps --retries 2 --extra-index-url $(TORCH_CPU_INDEX) \
 	    --constraint $(VENV)/constraints.txt torch; \
 	fi; \
-	echo "setup: installing into $(VENV), a few minutes the first time"; \
+	echo "setup: installing the other packages into $(VENV), a few minutes the first time"; \
 	$(BIN)/python -m pip install --quiet --use-pep517 --constraint $(VENV)/constraints.txt \
 	  --editable '.[$(EXTRAS)]'; \
 	touch $@

@@ -87,39 +87,50 @@ class Encoder:
         self, records: Sequence[ConversationRecord]
     ) -> tuple[list[ConversationTokens], list[int]]:
         ids = iter(self._encode([text for record in records for text in record.texts()]))
+        bos, eos, q, a = (self._ids[name] for name in (BOS, EOS, QUERY, ANSWER))
         conversations, truncated = [], []
         for record in records:
             segments: list[Tokens] = []
             roles: list[int] = []
             cuts = 0
             if record.system is not None:
-                system = np.array([self._ids[BOS], *next(ids)], np.uint32)
+                system = np.array([bos, *next(ids)], np.uint32)
                 segments.append(system[: self._max_tokens])
                 roles.append(ROLE_SYSTEM)
                 cuts += len(segments[0]) < len(system)
-            marks: list[Marks] = [np.zeros(len(segment), np.uint8) for segment in segments]
-            for interaction in record.interactions:
-                query = np.array([self._ids[BOS], self._ids[QUERY], *next(ids)], np.uint32)
-                answer = np.array([self._ids[ANSWER], *next(ids), self._ids[EOS]], np.uint32)
-                answer_marks = self._marks(interaction, len(answer))
+            for _ in record.interactions:
+                query = np.array([bos, q, *next(ids)], np.uint32)
+                answer = np.array([a, *next(ids), eos], np.uint32)
                 size = truncated_lengths(len(query), len(answer), self._max_tokens)
                 cuts += size != (len(query), len(answer))
                 segments += [query[: size[0]], _keep_end(answer, size[1])]
-                marks += [np.zeros(size[0], np.uint8), _keep_end(answer_marks, size[1])]
                 roles += [ROLE_QUERY, ROLE_ANSWER]
-            marked = any(interaction.marks for interaction in record.interactions)
-            conversations.append(ConversationTokens(list(segments), roles, list(marks) if marked else None))
+            marks = self._record_marks(record, segments)
+            conversations.append(ConversationTokens(list(segments), roles, marks))
             truncated.append(int(cuts))
         return conversations, truncated
 
-    def _marks(self, interaction: Interaction, size: int) -> Marks:
-        """[tokens of the answer segment]: the distance of the mark that a token overlaps, else 0."""
-        values = np.zeros(size, np.uint8)
-        if interaction.marks:
-            offsets = np.array(self._tokenizer.encode(interaction.answer).offsets, np.int64)
-            for mark in interaction.marks:
-                overlaps = (offsets[:, 0] < mark.end) & (offsets[:, 1] > mark.start)
-                values[1:-1][overlaps] = min(mark.distance, MAX_MARK)
+    def _record_marks(
+        self, record: ConversationRecord, segments: list[Tokens]
+    ) -> list[npt.NDArray[Any]] | None:
+        """Marks parallel to the (truncated) segments; None when the record has none."""
+        if not any(interaction.marks for interaction in record.interactions):
+            return None
+        marks: list[npt.NDArray[Any]] = [np.zeros(len(segment), np.uint8) for segment in segments]
+        first_answer = len(segments) - 2 * len(record.interactions) + 1
+        for number, interaction in enumerate(record.interactions):
+            if interaction.marks:
+                place = first_answer + 2 * number
+                marks[place] = _keep_end(self._answer_marks(interaction), len(segments[place]))
+        return marks
+
+    def _answer_marks(self, interaction: Interaction) -> Marks:
+        """[tokens of the whole answer segment]: the distance of the mark that a token overlaps, else 0."""
+        offsets = np.array(self._tokenizer.encode(interaction.answer).offsets, np.int64)
+        values = np.zeros(len(offsets) + 2, np.uint8)  # [A] and [EOS] around the text
+        for mark in interaction.marks:
+            overlaps = (offsets[:, 0] < mark.end) & (offsets[:, 1] > mark.start)
+            values[1:-1][overlaps] = min(mark.distance, MAX_MARK)
         return values
 
 

@@ -9,7 +9,7 @@ from data_prep.synth_types import Fact, Question
 
 def _words(text: str) -> tuple[str, ...]:
     """Words separated by spaces; an underscore stands for a space inside one."""
-    return tuple(word.replace("_", " ") for word in text)
+    return tuple(word.replace("_", " ") for word in text.split())
 
 
 # Nothing that may follow "a" begins with a vowel sound.
@@ -81,10 +81,28 @@ _PLOTS = (
         "From then on the {animal} followed {hero} everywhere.",
     ),
     (
-        "There was no {food} left in the whole village.",
+        "One winter nobody in the village had any {food} left.",
         "So {hero} and {friend} set out for the {place} before sunrise.",
         "They traded a {colour} {item} for twelve heavy sacks.",
         "That night nobody went to bed hungry, not even the {animal}.",
+    ),
+    (
+        "During a picnic a gust of wind carried the {item} into the top of a tall oak.",
+        "{hero} climbed from branch to branch, while {friend} shouted directions from below.",
+        "A curious {animal} watched them and dropped an acorn on the plate of {food}.",
+        "When the {item} finally came down, it was torn, but they fixed it with needle and thread.",
+    ),
+    (
+        "{friend} had a secret: a hidden path that led straight to the {place}.",
+        "They packed {food}, a {item} and two warm coats and left at midnight.",
+        "Something rustled in the grass, yet it was only a {animal} looking for supper.",
+        "At dawn they saw the sun rise above the clouds, and neither of them spoke a word.",
+    ),
+    (
+        "The mayor announced a festival and needed somebody to decorate the square.",
+        "{hero} hung {colour} ribbons on every window, and {friend} painted a giant {animal} on the wall.",
+        "Visitors arrived from far away to dance, to play {game} and to taste the {food}.",
+        "At the end the mayor gave a speech and handed {hero} a shiny {item}.",
     ),
 )
 _OPENINGS = (
@@ -194,7 +212,8 @@ class RichProfile:
         story = [sentence.format_map(words) for sentence in sentences]
         if random.random() < 0.5:
             fact = self._attribute(random, words["friend"], random.choice(list(_ATTRIBUTES)))
-            story.insert(-1, f"By the way, {fact.clause}.")
+            known = (f"By the way, {fact.clause}.", f"Everybody knew that {fact.restated}.")
+            story.insert(-1, random.choice(known))
         return " ".join(story)
 
     def _cast(self, random: Random) -> dict[str, str]:

@@ -116,6 +116,8 @@ class MoEConfig(Section):
     """Biases of several shared experts, as `bias`; one shared expert is a plain feed-forward with biases."""
     weighted_shared_experts: bool = False
     """Whether the routed sum is scaled by K/(K+S) and the shared one by S/(K+S), S shared experts."""
+    expert_init: Literal["normal", "linear"] = "normal"
+    """Initial expert weights. normal: N(0, 0.02²), biases 0; linear: as linear layers, U(±1/sqrt(fan-in))."""
     aux_loss: Literal["reference", "none"] = "reference"
     """reference: (E/K) times the mean of the chosen experts' probability mass, which flattens routing."""
     aux_loss_scale: float = Field(0.01, ge=0)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from rxt_dist.errors import ConfigError
 
 BackendName = Literal["flash", "varlen", "sdpa"]
-_HALF_TYPES = (torch.bfloat16, torch.float16)
+# flash-attn's wheels are commonly built for bf16 alone, and then give wrong numbers in fp16.
+_HALF_TYPES = {"flash": (torch.bfloat16,), "varlen": (torch.bfloat16, torch.float16)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +126,7 @@ def _obstacle(name: BackendName, device: torch.device, dtype: torch.dtype) -> st
     """Why a backend cannot be used here; None if it can."""
     if name == "sdpa":
         return None
-    if device.type != "cuda" or dtype not in _HALF_TYPES:
+    if device.type != "cuda" or dtype not in _HALF_TYPES[name]:
         return f"needs a CUDA device and bf16, found {device.type} and {str(dtype).removeprefix('torch.')}"
     if name == "flash" and importlib.util.find_spec("flash_attn") is None:
         return "needs the package flash-attn (extra 'cuda'), which is not installed"

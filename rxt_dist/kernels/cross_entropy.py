@@ -51,9 +51,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             rows, target = hidden[start : start + chunk], targets[start : start + chunk]
             logits = F.linear(rows, weight, bias).float()
-            normaliser = logits.logsumexp(dim=1)
-            loss += (normaliser - logits.gather(1, target[:, None]).squeeze(1)).sum()
-            correct += (logits.argmax(dim=1) == target).sum()
+            best, guess = logits.max(dim=1)
+            wanted = logits.gather(1, target[:, None]).squeeze(1)
+            normaliser = logits.sub_(best[:, None]).exp_().sum(dim=1).log_().add_(best)
+            loss += (normaliser - wanted).sum()
+            correct += (guess == target).sum()
             normalisers.append(normaliser)
         ctx.chunk = chunk
         ctx.save_for_backward(hidden, weight, bias, targets, *normalisers)

@@ -44,5 +44,5 @@ class _RepeatPermuted(torch.autograd.Function):
         (inverse,) = ctx.saved_tensors
         grad = grads[0].index_select(0, inverse)
         if ctx.copies > 1:
-            grad = grad.view(-1, ctx.copies, *grad.shape[1:]).sum(1)
+            grad = grad.view(grad.shape[0] // ctx.copies, ctx.copies, *grad.shape[1:]).sum(1)
         return grad, None, None, None

@@ -38,7 +38,7 @@ class _Attention(nn.Module):
         return {} if self.gate is None else {"gate.weight": Normal(mean=1.0, std=0.01)}
 
     def _heads(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.view(*rows.shape[:-1], -1, self.head_width)
+        return rows.view(*rows.shape[:-1], rows.shape[-1] // self.head_width, self.head_width)
 
     def _project(self, heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Heads [N, H, d] -> [N, D]; the gate sees the query input ``x`` [N, D]."""

@@ -10,6 +10,7 @@ F hidden width of an expert, S shared experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,10 @@ from rxt_dist.config import MoEConfig
 from rxt_dist.kernels.grouped_gemm import grouped_linear
 from rxt_dist.kernels.permute import permute_rows, repeat_permuted
 from rxt_dist.model.feedforward import Activation, FeedForward, activate
-from rxt_dist.model.initialisation import Constant, Distribution, Normal
+from rxt_dist.model.initialisation import Constant, Distribution, Normal, linear_default
 
 _EXPERT_STD = 0.02
+ExpertInit = Literal["normal", "linear"]
 _WEIGHT_EPS = 1e-9
 
 
@@ -65,6 +67,15 @@ class ExpertOrder:
         return cls(order, inverse, expert_of_row, offsets)
 
 
+def _expert_distributions(init: ExpertInit, width: int, hidden: int) -> dict[str, Distribution]:
+    """What stacked expert tensors start from, by name."""
+    if init == "linear":
+        first, second = linear_default(width), linear_default(hidden)
+        return {"w_in": first, "b_in": first, "w_out": second, "b_out": second}
+    weight, bias = Normal(std=_EXPERT_STD), Constant(0.0)
+    return {"w_in": weight, "b_in": bias, "w_out": weight, "b_out": bias}
+
+
 class Router(nn.Module):
     """Softmax over all experts in fp32, the K largest, renormalised. x [N, D] -> :class:`Routing`."""
 
@@ -90,9 +101,18 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, num_experts: int, width: int, hidden: int, *, gated: bool, activation: Activation, biased: bool
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        *,
+        gated: bool,
+        activation: Activation,
+        biased: bool,
+        init: ExpertInit = "normal",
     ) -> None:
         super().__init__()
+        self.init = init
         self.gated, self.activation = gated, activation
         self.first_expert = 0  # number of the first expert held here
         inner = 2 * hidden if gated else hidden
@@ -102,8 +122,7 @@ class Experts(nn.Module):
         self.b_out = nn.Parameter(torch.empty(num_experts, width)) if biased else None
 
     def initial_distributions(self) -> dict[str, Distribution]:
-        weights: dict[str, Distribution] = dict.fromkeys(("w_in", "w_out"), Normal(std=_EXPERT_STD))
-        return {**weights, **dict.fromkeys(("b_in", "b_out"), Constant(0.0))}
+        return _expert_distributions(self.init, self.w_in.shape[2], self.w_out.shape[2])
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor, expert_of_row: torch.Tensor) -> torch.Tensor:
         # F.embedding: its backward sums the rows of an expert without atomic additions.
@@ -123,9 +142,18 @@ class SharedExperts(nn.Module):
     """
 
     def __init__(
-        self, count: int, width: int, hidden: int, *, gated: bool, activation: Activation, bias: str
+        self,
+        count: int,
+        width: int,
+        hidden: int,
+        *,
+        gated: bool,
+        activation: Activation,
+        bias: str,
+        init: ExpertInit = "normal",
     ) -> None:
         super().__init__()
+        self.init = init
         self.gated, self.activation = gated, activation
         inner = 2 * hidden if gated else hidden
         self.w_in = nn.Parameter(torch.empty(count, inner, width))
@@ -136,8 +164,8 @@ class SharedExperts(nn.Module):
         self.gate = nn.Linear(width, count, bias=False)
 
     def initial_distributions(self) -> dict[str, Distribution]:
-        weights: dict[str, Distribution] = dict.fromkeys(("w_in", "w_out"), Normal(std=_EXPERT_STD))
-        return {**weights, **dict.fromkeys(("b_in", "b_out", "output_bias"), Constant(0.0))}
+        experts = _expert_distributions(self.init, self.w_in.shape[2], self.w_out.shape[2])
+        return {**experts, "output_bias": Constant(0.0)}
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         share = torch.softmax(self.gate(x), dim=-1, dtype=torch.float32)  # [N, S]
@@ -174,6 +202,7 @@ class MoE(nn.Module):
             gated=gated,
             activation=activation,
             biased=config.bias == "local",
+            init=config.expert_init,
         )
         self.output_bias = nn.Parameter(torch.empty(width)) if config.bias == "global" else None
         self.shared: FeedForward | SharedExperts | None = None
@@ -188,6 +217,7 @@ class MoE(nn.Module):
                 gated=gated,
                 activation=activation,
                 bias=config.shared_bias,
+                init=config.expert_init,
             )
 
     def initial_distributions(self) -> dict[str, Distribution]:
@@ -214,7 +244,7 @@ class MoE(nn.Module):
         order = ExpertOrder.of(routing.experts, self.config.num_experts)
         rows = repeat_permuted(x, order.order, order.inverse, self.config.top_k)
         rows = self.experts(rows, order.offsets, order.expert_of_row)
-        slots = permute_rows(rows, order.inverse, order.order).view(*routing.experts.shape, -1)
+        slots = permute_rows(rows, order.inverse, order.order).view(*routing.experts.shape, x.shape[-1])
         combined: torch.Tensor = (slots * routing.weights.to(slots.dtype)[..., None]).sum(dim=1)
         return combined
 

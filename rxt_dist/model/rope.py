@@ -37,7 +37,7 @@ class Rotation:
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate channel pairs (2i, 2i+1) of ``x`` [..., N, H, d]; same shape and dtype."""
-        pairs = x.view(*x.shape[:-1], -1, 2)
+        pairs = x.view(*x.shape[:-1], x.shape[-1] // 2, 2)
         if x.device.type == "cpu" and x.dtype == torch.float32:
             # One complex product is several times as fast on CPU; a compiled GPU graph wants the real form.
             return torch.view_as_real(torch.view_as_complex(pairs) * self.phasor).flatten(-2)

@@ -11,7 +11,7 @@ from rxt_dist.observe.metrics_file import EVALUATION_FILE, METRICS_FILE, read_me
 
 CURVES_FILE = "curves.png"
 
-_WIDTH_PER_STAGE = 5.0
+_WIDTH_PER_STAGE = 6.0
 _HEIGHT = 4.0
 _DOTS_PER_INCH = 110
 
@@ -59,14 +59,14 @@ def _draw_stage(panel: Any, stage: str, metrics: Sequence[Record], evaluations: 
         if name in trained:
             panel.plot(*trained[name], color=color, label=name)
         if name in evaluated:
-            panel.plot(
-                *evaluated[name], color=color, marker="o", linestyle="none", label=f"{name} (evaluation)"
-            )
+            # The colour tells which loss it is; only a loss that has no line needs a name of its own.
+            label = None if name in trained else name
+            panel.plot(*evaluated[name], color=color, marker="o", linestyle="none", label=label)
     panel.set_title(stage)
-    panel.set_xlabel("step")
+    panel.set_xlabel("step (lines: training, dots: evaluation)")
     panel.set_ylabel("loss")
     panel.grid(visible=True, alpha=0.3)
-    panel.legend()
+    panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
 def _series(records: Iterable[Record]) -> dict[str, tuple[list[int], list[float]]]:

@@ -13,6 +13,8 @@ _OWN_LOGGERS = ("rxt_dist", "data_prep", "launch")
 _NOISY_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # megatron-core, four times a rank on import; nothing here uses what would be missing.
     (r"Transformer Engine and Apex are not installed", UserWarning),
+    # torch's checkpoint reader, when a rank reads by itself on purpose.
+    (r"torch\.distributed is disabled, unavailable or uninitialized", UserWarning),
     # DeepSpeed's collectives call the names that torch renamed.
     (r".*torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning),
 )

@@ -18,6 +18,7 @@ from rxt_dist.parallel.bootstrap import configure_deepspeed
 from rxt_dist.stages import StageModule
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_ALIGNED_ELEMENTS = 8  # 16 bytes of bf16
 
 
 class StageEngine:
@@ -41,6 +42,9 @@ class StageEngine:
         self._parts = canonical_parts(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        # DeepSpeed lays parameters end to end; sizes that are no multiple of 16 bytes come last, so that
+        # every other parameter stays aligned as the grouped product and vectorised kernels need it.
+        trainable.sort(key=lambda parameter: parameter.numel() % _ALIGNED_ELEMENTS != 0)
         self._names = {id(parameter): names[id(parameter)] for parameter in trainable}
         masters = {self._names[id(parameter)]: parameter.detach().clone() for parameter in trainable}
         trained = set(masters)

@@ -69,6 +69,7 @@ def test_known_noise_is_silent_and_other_warnings_are_log_lines() -> None:
         warnings.warn("Transformer Engine and Apex are not installed. Falling back", UserWarning)
         warnings.warn("`torch.distributed.all_gather_into_tensor` is deprecated. Please use", FutureWarning)
         warnings.warn("`torch.distributed.reduce_scatter_tensor` is deprecated. Please use", FutureWarning)
+        warnings.warn("torch.distributed is disabled, unavailable or uninitialized, assuming", UserWarning)
         warnings.warn("something is wrong", UserWarning)
     """)
     assert "WARNING rank0 py.warnings:" in line

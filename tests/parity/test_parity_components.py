@@ -165,7 +165,13 @@ def load_joint(fixture: dict[str, Any]) -> tuple[ReferenceEncoder, ReferenceDeco
         "att_groups": 4,
         "att_query_groups": 4,
     }
-    experts = {"use_moe": True, "num_experts": 6, "moe_top_k": 2, "num_shared_experts": 0, "use_vectorized_moe": False}
+    experts = {
+        "use_moe": True,
+        "num_experts": 6,
+        "moe_top_k": 2,
+        "num_shared_experts": 0,
+        "use_vectorized_moe": False,
+    }
     encoder = load_reference("RxTEncoder", {**common, "skip_memory_cross_attention": True}, states["encoder"])
     decoder = load_reference("RxTDecoder", {**common, **experts}, states["decoder"])
     head = load_reference("MLMHead", {"embed_dim": 64, "vocab_size": 97}, states["head"])

@@ -1,0 +1,278 @@
+"""Manifests, and the corruption matrix: every kind of damage to a dataset is found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rxt_dist.data.format import ConversationTokens, ShardIndex, ShardWriter, read_block, token_dtype
+from rxt_dist.data.manifest import (
+    Manifest,
+    SplitCounts,
+    compute_fingerprint,
+    load_manifest,
+    write_manifest,
+)
+from rxt_dist.data.verify import verify_dataset
+from rxt_dist.errors import DataError
+
+VOCAB_SIZE = 500
+
+
+def make_dataset(
+    folder: Path, kind: Any = "text", vocab_size: int = VOCAB_SIZE, declared: int | None = None
+) -> Path:
+    """Three training shards of four blocks and one validation shard; ids below ``vocab_size``."""
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    dtype = token_dtype(vocab_size)
+    rng = np.random.default_rng(0)
+    shards = []
+    for split, number in (("train", 0), ("train", 1), ("train", 2), ("val", 0)):
+        (folder / split).mkdir(exist_ok=True)
+        path = folder / split / f"rxt-{split}-{number:06d}.tar"
+        writer = ShardWriter(path, kind, dtype, number, block_documents=3)
+        for _ in range(12):
+            segments = [rng.integers(0, vocab_size, 300) for _ in range(4)]
+            writer.add(segments[0] if kind == "text" else ConversationTokens(segments, [1, 2, 1, 2]))
+        shards.append(writer.close())
+    identity: dict[str, Any] = {
+        "kind": kind,
+        "dtype": dtype.name,
+        "vocab_size": declared or vocab_size,
+        "special_tokens": {"[BOS]": 1},
+        "tokenizer_sha256": hashlib.sha256(b"{}").hexdigest(),
+        "shards": shards,
+    }
+    nothing = SplitCounts(documents=0, conversations=0, interactions=0, tokens=0, truncated=0)
+    manifest = Manifest(
+        format_version=1,
+        dataset_id="test",
+        created_by="test",
+        byte_order="little",
+        val_fraction=0.1,
+        source=[],
+        counts={"train": nothing, "val": nothing},
+        fingerprint=compute_fingerprint(**identity),
+        **identity,
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("pristine") / "data")
+
+
+@pytest.fixture
+def dataset(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "data"))
+
+
+def shard(dataset: Path, number: int = 1) -> Path:
+    return dataset / "train" / f"rxt-train-{number:06d}.tar"
+
+
+def block_offset(dataset: Path, block: int) -> int:
+    return int(ShardIndex.read(shard(dataset).with_suffix(".idx")).blocks["offset"][block])
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset : offset + len(data)] = data
+    path.write_bytes(content)
+
+
+def flip(path: Path, offset: int) -> None:
+    overwrite(path, offset, bytes([path.read_bytes()[offset] ^ 4]))
+
+
+def swap(left: Path, right: Path) -> None:
+    content = left.read_bytes()
+    left.write_bytes(right.read_bytes())
+    right.write_bytes(content)
+
+
+def garbage(size: int) -> bytes:
+    return np.random.default_rng(1).bytes(size)
+
+
+# A text block has the members lens.bin (header 512, payload padded to 512), then tokens.bin.
+Damage = Callable[[Path], object]
+ALWAYS, DEEP = True, False
+MATRIX: list[tuple[str, Damage, bool]] = [
+    ("cut at a member boundary", lambda d: cut(shard(d), block_offset(d, 2)), ALWAYS),
+    ("cut between two members of a block", lambda d: cut(shard(d), block_offset(d, 2) + 1024), ALWAYS),
+    ("cut inside a header", lambda d: cut(shard(d), block_offset(d, 2) + 100), ALWAYS),
+    ("cut inside a payload", lambda d: cut(shard(d), block_offset(d, 2) + 1600), ALWAYS),
+    ("end of archive cut", lambda d: cut(shard(d), shard(d).stat().st_size - 512), ALWAYS),
+    ("bit flip in a payload", lambda d: flip(shard(d), block_offset(d, 2) + 1600), DEEP),
+    ("bit flip in a length", lambda d: flip(shard(d), block_offset(d, 2) + 512), DEEP),
+    ("bit flip in a header", lambda d: flip(shard(d), block_offset(d, 2) + 3), DEEP),
+    ("bit flip in the end of the archive", lambda d: flip(shard(d), shard(d).stat().st_size - 9), DEEP),
+    ("first header zeroed", lambda d: overwrite(shard(d), 0, bytes(512)), DEEP),
+    ("later header zeroed", lambda d: overwrite(shard(d), block_offset(d, 2), bytes(512)), DEEP),
+    ("4 KiB hole", lambda d: overwrite(shard(d), 4096, bytes(4096)), DEEP),
+    ("zero-length shard", lambda d: cut(shard(d), 0), ALWAYS),
+    ("garbage of another size", lambda d: shard(d).write_bytes(garbage(5000)), ALWAYS),
+    ("garbage of the same size", lambda d: shard(d).write_bytes(garbage(shard(d).stat().st_size)), DEEP),
+    ("something appended", lambda d: shard(d).write_bytes(shard(d).read_bytes() + b"\0"), ALWAYS),
+    ("missing shard", lambda d: shard(d).unlink(), ALWAYS),
+    ("shards swapped", lambda d: swap(shard(d), shard(d, 2)), DEEP),
+    (
+        "shards swapped with their indices",
+        lambda d: [swap(shard(d).with_suffix(s), shard(d, 2).with_suffix(s)) for s in (".tar", ".idx")],
+        ALWAYS,
+    ),
+    ("missing index", lambda d: shard(d).with_suffix(".idx").unlink(), ALWAYS),
+    ("zero-length index", lambda d: cut(shard(d).with_suffix(".idx"), 0), ALWAYS),
+    ("cut index", lambda d: cut(shard(d).with_suffix(".idx"), 100), ALWAYS),
+    ("bit flip in an index", lambda d: flip(shard(d).with_suffix(".idx"), 120), ALWAYS),
+    ("garbage index", lambda d: shard(d).with_suffix(".idx").write_bytes(garbage(300)), ALWAYS),
+    ("unlisted shard", lambda d: shutil.copy(shard(d), shard(d, 3)), ALWAYS),
+    ("missing tokenizer", lambda d: (d / "tokenizer" / "tokenizer.json").unlink(), ALWAYS),
+    ("other tokenizer", lambda d: (d / "tokenizer" / "tokenizer.json").write_text("[]"), ALWAYS),
+    ("missing manifest", lambda d: (d / "manifest.json").unlink(), ALWAYS),
+    ("cut manifest", lambda d: cut(d / "manifest.json", 300), ALWAYS),
+    ("bit flip in the manifest", lambda d: flip(d / "manifest.json", 900), ALWAYS),
+]
+
+
+@pytest.mark.parametrize("kind", ["text", "conversations"])
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 100_000])
+def test_a_sound_dataset_has_no_problems(tmp_path: Path, kind: str, vocab_size: int) -> None:
+    dataset = make_dataset(tmp_path / "data", kind, vocab_size)
+    assert verify_dataset(dataset, deep=False) == []
+    assert verify_dataset(dataset, deep=True) == []
+
+
+@pytest.mark.parametrize(("damage", "found_by"), [row[1:] for row in MATRIX], ids=[row[0] for row in MATRIX])
+def test_corruption_matrix(dataset: Path, damage: Damage, found_by: bool) -> None:
+    damage(dataset)
+    assert bool(verify_dataset(dataset, deep=False)) == found_by
+    problems = verify_dataset(dataset, deep=True)
+    assert problems
+    assert all(str(dataset) in problem for problem in problems)
+
+
+def test_problems_name_the_damaged_block(dataset: Path) -> None:
+    flip(shard(dataset), block_offset(dataset, 2) + 1600)
+    problems = verify_dataset(dataset, deep=True)
+    assert problems == [
+        f"{shard(dataset)}: sha256 does not match the manifest",
+        f"{shard(dataset)}: block 2: crc32 does not match the index",
+    ]
+
+
+def test_every_damaged_shard_is_reported(dataset: Path) -> None:
+    shard(dataset, 0).unlink()
+    flip(shard(dataset, 2), 700)
+    problems = verify_dataset(dataset, deep=True)
+    assert any("rxt-train-000000" in problem for problem in problems)
+    assert any("rxt-train-000002" in problem for problem in problems)
+    assert not any("rxt-train-000001" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("kind", ["text", "conversations"])
+def test_ids_outside_of_the_vocabulary_are_found(tmp_path: Path, kind: str) -> None:
+    dataset = make_dataset(tmp_path / "data", kind, vocab_size=500, declared=400)
+    assert verify_dataset(dataset, deep=False) == []
+    assert any("is not below 400" in problem for problem in verify_dataset(dataset, deep=True))
+
+
+def test_a_consistent_index_of_other_lengths_is_found(dataset: Path) -> None:
+    """Only the decoded blocks can tell that lengths were moved between the documents of a block."""
+    path = shard(dataset).with_suffix(".idx")
+    index = ShardIndex.read(path)
+    lengths = index.document_tokens.copy()
+    lengths[:2] += np.array([1, -1]).astype(np.uint32)
+    ShardIndex(index.kind, index.dtype, index.blocks, lengths).write(path)
+    rewrite(
+        dataset, lambda m: m["shards"][1].update(idx_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    )
+    assert verify_dataset(dataset, deep=False) == []
+    assert verify_dataset(dataset, deep=True) == [
+        f"{shard(dataset)}: block 0: lengths are not those of the index"
+    ]
+
+
+def rewrite(dataset: Path, change: Callable[[dict[str, Any]], object], *, sign: bool = True) -> None:
+    """Change the manifest; ``sign`` gives it the fingerprint of its new content."""
+    path = dataset / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    if sign:
+        keys = ("kind", "dtype", "vocab_size", "special_tokens", "tokenizer_sha256")
+        manifest = Manifest.model_validate(content)
+        content["fingerprint"] = compute_fingerprint(
+            **{key: content[key] for key in keys}, shards=manifest.shards
+        )
+    path.write_text(json.dumps(content))
+
+
+def test_manifest_round_trip(dataset: Path) -> None:
+    manifest = load_manifest(dataset)
+    before = (dataset / "manifest.json").read_bytes()
+    write_manifest(dataset, manifest)
+    assert (dataset / "manifest.json").read_bytes() == before
+    assert load_manifest(dataset) == manifest
+    assert [s.name for s in manifest.shards_of("val")] == ["rxt-val-000000.tar"]
+    assert len(manifest.shards_of("train")) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format_version=2), "format_version 2; this version of rxt-dist reads 1"),
+        (lambda m: m.pop("format_version"), "format_version None"),
+        (lambda m: m.update(kind="audio"), "kind"),
+        (lambda m: m.update(extra=1), "extra"),
+        (lambda m: m.pop("shards"), "shards"),
+        (lambda m: m["shards"][0].update(name="../../etc/passwd"), "shards.0.name"),
+        (lambda m: m["shards"][0].update(tokens=-1), "shards.0.tokens"),
+        (lambda m: m["shards"][0].update(tokens=1), "fingerprint does not match"),
+        (lambda m: m.update(vocab_size=501), "fingerprint does not match"),
+        (lambda m: m["shards"].reverse(), "fingerprint does not match"),
+    ],
+)
+def test_bad_manifests_are_refused(
+    dataset: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    rewrite(dataset, change, sign=False)
+    with pytest.raises(DataError, match=message):
+        load_manifest(dataset)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000, "\xff"])
+def test_manifests_that_are_no_json_object_are_refused(dataset: Path, content: str) -> None:
+    (dataset / "manifest.json").write_text(content, encoding="latin-1")
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        load_manifest(dataset)
+
+
+def test_missing_manifests_and_folders_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        load_manifest(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"has no manifest\.json"):
+        load_manifest(tmp_path)
+
+
+def test_a_reader_stops_at_payload_damage_without_a_deep_verify(dataset: Path) -> None:
+    flip(shard(dataset), block_offset(dataset, 2) + 1600)
+    index = ShardIndex.read(shard(dataset).with_suffix(".idx"))
+    data = shard(dataset).read_bytes()
+    read_block(data, index, 1)
+    with pytest.raises(DataError, match="block 2: crc32"):
+        read_block(data, index, 2)
