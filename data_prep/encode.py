@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +167,16 @@ def start_worker(tokenizer_folder: Path, kind: Kind, max_tokens: int | None) -> 
     """Initialise a worker process; the processes are the parallelism, so each uses one thread."""
     global _worker_encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_encoder = Encoder(tokenizer_folder, kind, max_tokens)
+
+
+def _end_with_parent() -> None:
+    """A worker of a parent that was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def encode_in_worker(chunk: Chunk) -> EncodedChunk:

@@ -1,5 +1,5 @@
 """Datasets on disk and the path from them to training batches.
 
-``format`` (shards and indices), ``manifest`` and ``verify`` (whole datasets) and ``tokens`` (tokenizers)
-know nothing about training.
+``blocks`` and ``format`` (shards and their indices), ``manifest`` and ``verify`` (whole datasets) and
+``tokens`` (tokenizers) know nothing about training.
 """

@@ -14,6 +14,7 @@ import mmap
 import os
 import struct
 import zlib
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -223,7 +224,7 @@ class ShardWriter:
         self._pending: list[Any] = []
         self._pending_bytes = 0
         self._blocks: list[tuple[int, int, int, int]] = []
-        self._columns: dict[str, list[int]] = {name: [] for name in list(_CONVERSATION_ARRAYS)[1:]}
+        self._columns = {name: array("I") for name in list(_CONVERSATION_ARRAYS)[1:]}
 
     def __enter__(self) -> ShardWriter:
         return self

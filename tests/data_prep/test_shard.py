@@ -6,6 +6,7 @@ import gzip
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -365,3 +366,41 @@ def test_the_command_line_from_end_to_end(
     assert train["conversations"] + val["conversations"] == len(CONVERSATIONS)
     assert train["percentiles"]["interactions_per_conversation"]["p100"] == 4
     assert fingerprint in run("stats", tmp_path / "d")[1]
+
+
+def test_a_killed_run_leaves_no_process_and_a_rerun_is_identical(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    source = write_jsonl(
+        tmp_path / "a.jsonl", [{"text": f"the fox and the hen {i} " * 40} for i in range(20_000)]
+    )
+    arguments = [
+        "--input",
+        source,
+        "--tokenizer",
+        tokenizer_folder,
+        "--workers",
+        2,
+        "--output",
+        tmp_path / "d",
+    ]
+    command = [sys.executable, "-m", "data_prep", "shard", "text", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    wait_for((tmp_path / ".d.incomplete" / "train").is_dir)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    assert len(children) >= 2
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+    assert not (tmp_path / "d").exists()
+    build("text", source, tokenizer_folder, tmp_path / "d", workers=2)
+    build("text", source, tokenizer_folder, tmp_path / "e")
+    assert files(tmp_path / "d") == files(tmp_path / "e")
+    assert not (tmp_path / ".d.incomplete").exists()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
