@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from rxt_dist.checkpoint.fragments import Fragment, FragmentLoadPlanner, canonical_parts
 from rxt_dist.checkpoint.save import (
@@ -122,8 +123,8 @@ class CheckpointReader:
     def _read(self, wanted: dict[str, Any]) -> None:
         if not wanted:
             return
-        reader = dcp.FileSystemReader(self.path / TENSORS_FOLDER)
+        reader = FileSystemReader(self.path / TENSORS_FOLDER)
         known = set(reader.read_metadata().state_dict_metadata)
         if absent := sorted(set(wanted) - known):
             raise CheckpointError(f"{self.path}: the checkpoint has no entry {absent[0]}")
-        dcp.load(wanted, storage_reader=reader, planner=FragmentLoadPlanner(), no_dist=True)
+        load(wanted, storage_reader=reader, planner=FragmentLoadPlanner(), no_dist=True)

@@ -15,9 +15,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from rxt_dist.checkpoint.fragments import Fragment, FragmentSavePlanner
 from rxt_dist.checkpoint.state import TrainerState
@@ -66,8 +66,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    writer = dcp.FileSystemWriter(temporary / TENSORS_FOLDER, sync_files=True)
-    dcp.save(dict(tensors), storage_writer=writer, planner=FragmentSavePlanner())
+    writer = FileSystemWriter(temporary / TENSORS_FOLDER, sync_files=True)
+    save(dict(tensors), storage_writer=writer, planner=FragmentSavePlanner())
     hashes = _gather_hashes(temporary / TENSORS_FOLDER)
     if main:
         _write_synced(temporary / STATE_FILE, json.dumps(state.to_dict(), indent=1))
@@ -141,8 +141,3 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints in ``folder``, newest first."""
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
-
-
-def cpu_copy(values: torch.Tensor) -> torch.Tensor:
-    """An fp32 copy in host memory, safe to write while training goes on."""
-    return values.detach().to(device="cpu", dtype=torch.float32, copy=True)

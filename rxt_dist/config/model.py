@@ -282,6 +282,8 @@ class ModelConfig(Section):
     """Norm of encoder and decoder layers."""
     rope_base: float = Field(10000.0, gt=1)
     """Base of the rotary positions' wave lengths."""
+    embedding_std: float = Field(1.0, gt=0)
+    """Standard deviation of the initial token embedding."""
     stm_init: StmInitConfig = Field(default_factory=StmInitConfig)
     """The STM of a new conversation."""
     encoder: EncoderConfig

@@ -9,7 +9,7 @@ from rxt_dist.config import ModelConfig
 from rxt_dist.model.decoder import Decoder
 from rxt_dist.model.encoder import Encoder
 from rxt_dist.model.heads import MLMHead
-from rxt_dist.model.initialisation import initialise
+from rxt_dist.model.initialisation import Distribution, Normal, initialise
 from rxt_dist.model.moe import MoE
 
 
@@ -26,6 +26,9 @@ class RxTModel(nn.Module):
         self.decoder = Decoder(config)
         self.decoder.embedding = self.encoder.embedding
         self.mlm_head = MLMHead(config)
+
+    def initial_distributions(self) -> dict[str, Distribution]:
+        return {"encoder.embedding.weight": Normal(std=self.config.embedding_std)}
 
 
 def build_model(config: ModelConfig, seed: int) -> RxTModel:

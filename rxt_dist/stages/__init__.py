@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rxt_dist.config import RunConfig, StageConfig
+from rxt_dist.data.manifest import Split
 from rxt_dist.data.pieces import InteractionPieces, PieceSource, TextPieces
 from rxt_dist.data.reader import Dataset
 from rxt_dist.errors import ConfigError
@@ -18,7 +19,7 @@ def build_stage(model: RxTModel, config: RunConfig, stage: StageConfig) -> Stage
     return TextStageModule(model, config, stage)
 
 
-def open_pieces(config: RunConfig, stage: StageConfig, split: str) -> PieceSource:
+def open_pieces(config: RunConfig, stage: StageConfig, split: Split) -> PieceSource:
     """Training units of ``split`` (``train`` or ``val``) in the dataset the stage reads."""
     text = stage.name == "joint_lm"
     path = config.data.text if text else config.data.conversations

@@ -54,7 +54,7 @@ class TextStageModule(StageModule):
         if self.with_decoder and not self.with_encoder:
             for layer in self.decoder.layers:
                 for part in (layer.cross_norm, layer.stm_norm, layer.cross_attention):
-                    if part is not None:
+                    if isinstance(part, nn.Module):
                         yield from part.parameters()
 
     def local_counts(self, batch: TextBatch) -> dict[str, int]:

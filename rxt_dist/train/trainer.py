@@ -311,8 +311,8 @@ class Trainer:
             return
         if resumed.fingerprint != source.fingerprint:
             raise CheckpointError(
-                f"the dataset of stage {stage.name} has fingerprint {source.fingerprint[:12]}; the checkpoint was "
-                f"made with {resumed.fingerprint[:12]}: give the dataset the run was started with"
+                f"the dataset of stage {stage.name} has fingerprint {source.fingerprint[:12]}; the checkpoint "
+                f"was made with {resumed.fingerprint[:12]}: give the dataset the run was started with"
             )
 
 
