@@ -24,7 +24,7 @@ class TrainerState:
     """Optimizer steps done in that stage; equal to its ``steps`` when it is finished."""
     tokens: int
     """Real tokens trained on so far in the whole run."""
-    data_cursor: dict[str, Any]
+    data_state: dict[str, Any]
     """Position in the stage's global data order."""
     fingerprint: str
     """Fingerprint of the stage's dataset."""

@@ -3,7 +3,7 @@
 from rxt_dist.config.dataset import resolve_dataset
 from rxt_dist.config.deepspeed import deepspeed_config
 from rxt_dist.config.load import CONFIG_FOLDER, available, load_config, load_model_config, save_resolved
-from rxt_dist.config.mesh import accumulation_steps, check_world_size, micro_packs
+from rxt_dist.config.mesh import accumulation_steps, check_world_size, micro_units
 from rxt_dist.config.model import (
     AttentionConfig,
     DecoderConfig,
@@ -64,7 +64,7 @@ __all__ = [
     "deepspeed_config",
     "load_config",
     "load_model_config",
-    "micro_packs",
+    "micro_units",
     "resolve_dataset",
     "save_resolved",
     "stage_optimizer",

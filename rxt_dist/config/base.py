@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -67,6 +67,6 @@ def divisors(number: int) -> list[int]:
     return small + [number // d for d in reversed(small) if d * d != number]
 
 
-def listed(values: list[int]) -> str:
+def listed(values: Sequence[object]) -> str:
     """``values`` as text for an error message."""
     return ", ".join(str(value) for value in values) if values else "none"

@@ -8,10 +8,10 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from rxt_dist.config.base import Problem, deep_merge
-from rxt_dist.config.mesh import accumulation_steps, micro_packs
+from rxt_dist.config.mesh import accumulation_steps, micro_units, step_units
 
 if TYPE_CHECKING:
-    from rxt_dist.config.run import OptimizerConfig, RunConfig
+    from rxt_dist.config.run import OptimizerConfig, RunConfig, StageConfig
 
 _OPEN_BLOCKS = (
     "bf16",
@@ -80,20 +80,20 @@ def override_problems(overrides: Mapping[str, Any]) -> list[Problem]:
 
 
 def deepspeed_config(
-    config: RunConfig, *, dp_size: int, optimizer: OptimizerConfig, fused: bool = False
+    config: RunConfig, stage: StageConfig, *, dp_size: int, optimizer: OptimizerConfig, fused: bool = False
 ) -> dict[str, Any]:
     """The configuration handed to ``deepspeed.initialize`` for one stage.
 
     Args:
-        config: the run.
+        config: the run; stage: the stage to train.
         dp_size: number of data-parallel ranks; must have passed ``check_world_size``.
         optimizer: the stage's settings, from ``stage_optimizer``.
         fused: whether AdamW runs as one kernel; for CUDA devices.
     """
-    accumulation = accumulation_steps(config, dp_size)
+    accumulation = accumulation_steps(config, stage, dp_size)
     generated: dict[str, Any] = {
-        "train_batch_size": config.batch.packs,
-        "train_micro_batch_size_per_gpu": micro_packs(config, dp_size),
+        "train_batch_size": step_units(config, stage).total,
+        "train_micro_batch_size_per_gpu": micro_units(config, stage, dp_size),
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.clip_norm,
         # The loss is already divided by the counts of the whole step.

@@ -2,46 +2,69 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rxt_dist.config.base import divisors, listed
 from rxt_dist.errors import MeshError
 
 if TYPE_CHECKING:
-    from rxt_dist.config.run import RunConfig
+    from rxt_dist.config.run import RunConfig, StageConfig
 
 SUPPORTED_SIZES = {"tensor_size": (1,), "expert_size": (1,)}
 """Values of each field of ``parallel`` that the engine supports."""
+
+
+class StepUnits(NamedTuple):
+    """What the optimizer steps of a stage are dealt out in: packs of text, or lanes of conversations."""
+
+    field: str
+    """Field of ``batch`` with the units of every step, over all ranks."""
+    micro_field: str
+    """Field of ``batch`` with the units that a rank processes at once."""
+    total: int
+    micro: int | str
+
+
+def step_units(config: RunConfig, stage: StageConfig) -> StepUnits:
+    """The units of ``stage``; ``batch.lanes`` is set where a stage needs it."""
+    batch = config.batch
+    if stage.uses_lanes:
+        assert batch.lanes is not None
+        return StepUnits("lanes", "micro_lanes", batch.lanes, batch.micro_lanes)
+    return StepUnits("packs", "micro_packs", batch.packs, batch.micro_packs)
 
 
 def check_world_size(config: RunConfig, world_size: int) -> int:
     """Check that ``config`` can run on ``world_size`` ranks; returns the data-parallel size.
 
     Raises:
-        MeshError: a parallel size is not supported, or the packs of a step cannot be dealt out evenly.
+        MeshError: a parallel size is not supported, or the packs or lanes of a step cannot be dealt out
+            evenly.
     """
     for field, supported in SUPPORTED_SIZES.items():
         size = getattr(config.parallel, field)
         if size not in supported:
             raise MeshError(f"parallel.{field}: found {size}; valid: {listed(list(supported))}")
-    tensor_size, packs = config.parallel.tensor_size, config.batch.packs
-    micro = 1 if config.batch.micro_packs == "auto" else config.batch.micro_packs
-    valid = [dp * tensor_size for dp in divisors(packs // micro)]
-    if world_size not in valid:
-        share = f"batch.packs ({packs})" + ("" if micro == 1 else f" / batch.micro_packs ({micro})")
-        raise MeshError(
-            f"world size: found {world_size} ranks; the data-parallel size must divide {share}, "
-            f"valid world sizes: {listed(valid)}"
-        )
+    tensor_size = config.parallel.tensor_size
+    for stage in config.stages:
+        field, micro_field, total, given = step_units(config, stage)
+        micro = 1 if isinstance(given, str) else given
+        valid = [dp * tensor_size for dp in divisors(total // micro)]
+        if world_size not in valid:
+            share = f"batch.{field} ({total})" + ("" if micro == 1 else f" / batch.{micro_field} ({micro})")
+            raise MeshError(
+                f"world size: found {world_size} ranks; the data-parallel size must divide {share}, "
+                f"valid world sizes: {listed(valid)}"
+            )
     return world_size // tensor_size
 
 
-def micro_packs(config: RunConfig, dp_size: int) -> int:
-    """Packs that one rank processes at once, with ``auto`` filled in."""
-    micro = config.batch.micro_packs
-    return config.batch.packs // dp_size if micro == "auto" else micro
+def micro_units(config: RunConfig, stage: StageConfig, dp_size: int) -> int:
+    """Packs or lanes that one rank processes at once, with ``auto`` filled in."""
+    units = step_units(config, stage)
+    return units.total // dp_size if isinstance(units.micro, str) else units.micro
 
 
-def accumulation_steps(config: RunConfig, dp_size: int) -> int:
+def accumulation_steps(config: RunConfig, stage: StageConfig, dp_size: int) -> int:
     """Micro-batches of one rank in one optimizer step."""
-    return config.batch.packs // (dp_size * micro_packs(config, dp_size))
+    return step_units(config, stage).total // (dp_size * micro_units(config, stage, dp_size))

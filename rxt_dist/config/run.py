@@ -16,11 +16,35 @@ ConfigPath = Annotated[Path, Field(strict=False)]
 Betas = Annotated[
     tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
 ]
-StageName = Literal["joint_lm", "interaction_sft"]
+StageName = Literal["joint_lm", "interaction_sft", "memory_attention", "smat"]
+Component = Literal["encoder", "decoder", "memory_attention"]
 DataKind = Literal["text", "conversations"]
 
-STAGE_DATA: dict[StageName, DataKind] = {"joint_lm": "text", "interaction_sft": "conversations"}
+STAGE_DATA: dict[StageName, DataKind] = {
+    "joint_lm": "text",
+    "interaction_sft": "conversations",
+    "memory_attention": "conversations",
+    "smat": "conversations",
+}
 """The dataset that each stage trains on, as a field of :class:`DataConfig`."""
+
+LANE_STAGES: tuple[StageName, ...] = ("memory_attention", "smat")
+"""Stages in which lanes carry an STM through conversations."""
+
+_STAGE_FIELDS: dict[str, tuple[StageName, ...]] = {
+    "components": ("joint_lm", "interaction_sft"),
+    "masking_probability": ("joint_lm", "interaction_sft"),
+    "encoder_loss_scale": ("joint_lm", "interaction_sft"),
+    "decoder_loss_scale": ("joint_lm", "interaction_sft"),
+    "slot_dropout": ("joint_lm", "interaction_sft"),
+    "noise_level": ("joint_lm", "interaction_sft", "memory_attention"),
+    "label_noise_level": ("memory_attention",),
+    "label_weight_floor": ("memory_attention",),
+    "label_weight_jitter": ("memory_attention",),
+    "stm_difference_scale": ("memory_attention",),
+    "frozen": ("smat",),
+}
+"""Fields of a stage that only some stages have; elsewhere they must keep their default."""
 
 
 class ParallelConfig(Section):
@@ -49,7 +73,7 @@ class DataConfig(Section):
     text: ConfigPath | None = None
     """Dataset of documents, for stage joint_lm."""
     conversations: ConfigPath | None = None
-    """Dataset of conversations, for stage interaction_sft."""
+    """Dataset of conversations, for the stages after joint_lm."""
 
 
 class BatchConfig(Section):
@@ -61,6 +85,12 @@ class BatchConfig(Section):
     """Most tokens of a pack; at least model.seq_len."""
     micro_packs: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Packs that a rank processes at once, the rest is accumulated; auto: all packs of the rank."""
+    lanes: int | None = Field(None, ge=1)
+    """Lanes of every optimizer step of the memory stages, over all ranks; each holds one conversation."""
+    micro_lanes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Lanes that a rank processes at once, the rest is accumulated; auto: all lanes of the rank."""
+    window: int = Field(1, ge=1)
+    """Consecutive interactions of a lane that one optimizer step trains on, with gradients through all."""
 
 
 class OptimizerConfig(Section):
@@ -109,7 +139,8 @@ class StageConfig(Section):
     """One training objective; stages run in the order of the list, each from the previous one's result."""
 
     name: StageName
-    """joint_lm: masked-LM and autoregressive loss on text; interaction_sft: both on single interactions."""
+    """joint_lm: masked-LM and autoregressive loss on text; interaction_sft: both on single interactions;
+    memory_attention: self-supervised memory update; smat: supervised memory-aware training."""
     steps: int = Field(ge=1)
     """Optimizer steps."""
     components: Literal["joint", "encoder", "decoder"] = "joint"
@@ -123,12 +154,43 @@ class StageConfig(Section):
     decoder_loss_scale: float = Field(1.0, ge=0)
     """Factor of the autoregressive loss."""
     noise_level: float = Field(0.0, ge=0)
-    """Standard deviation of the noise added to the encoder's layers before the decoder reads them."""
+    """Standard deviation of the noise added to the encoder's layers before they are read as memory, or
+    before memory attention writes them."""
     slot_dropout: float = Field(0.0, ge=0, lt=1)
     """Probability that the decoder reads zeros in place of a token's row of an encoder layer."""
+    label_noise_level: float = Field(0.0, ge=0)
+    """Standard deviation of the noise added to the label of a memory update."""
+    label_weight_floor: float = Field(0.05, ge=0, le=1)
+    """Least weight of the new data in that label; it falls by 0.05 with every interaction."""
+    label_weight_jitter: float = Field(0.0, ge=0, le=1)
+    """Largest random shift of that weight, one draw for every interaction (published recipe: 0.15)."""
+    stm_difference_scale: float = Field(0.0, ge=0)
+    """Factor of the loss term that keeps an update small: sqrt(t+1) times its mean square."""
+    frozen: list[Component] = Field(default_factory=list)
+    """Components that keep their weights in this stage."""
+
+    @property
+    def uses_lanes(self) -> bool:
+        """Whether the stage trains on windows of conversation lanes rather than on packs."""
+        return self.name in LANE_STAGES
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_applicable(self) -> Self:
+        problems = []
+        for field, stages in _STAGE_FIELDS.items():
+            default = type(self).model_fields[field].get_default(call_default_factory=True)
+            if self.name not in stages and getattr(self, field) != default:
+                valid = f"it has no effect in stage {self.name}, only in {listed(stages)}; remove it"
+                problems.append(Problem(field, f"found {getattr(self, field)!r}; {valid}"))
+        if len(set(self.frozen)) == 3:
+            problems.append(
+                Problem("frozen", "all components are frozen, nothing would train; leave one out")
+            )
+        report(problems)
+        return self
+
+    @model_validator(mode="after")
+    def _check_scales(self) -> Self:
         encoder, decoder = self.encoder_loss_scale > 0, self.decoder_loss_scale > 0
         if self.components == "joint" and not (encoder or decoder):
             rule = "found 0, as decoder_loss_scale, so that nothing would train; set one of them above 0"
@@ -241,6 +303,14 @@ class RunConfig(Section):
         if batch.micro_packs != "auto" and batch.packs % batch.micro_packs:
             valid = f"must divide batch.packs ({batch.packs}), valid: auto, {listed(divisors(batch.packs))}"
             problems.append(Problem("batch.micro_packs", f"found {batch.micro_packs}; {valid}"))
+        users = [f"{i} ({stage.name})" for i, stage in enumerate(self.stages) if stage.uses_lanes]
+        if batch.lanes is None:
+            if users:
+                valid = f"stage {users[0]} needs it; valid: a number of lanes that the ranks divide, e.g. 32"
+                problems.append(Problem("batch.lanes", f"not set, but {valid}"))
+        elif batch.micro_lanes != "auto" and batch.lanes % batch.micro_lanes:
+            valid = f"must divide batch.lanes ({batch.lanes}), valid: auto, {listed(divisors(batch.lanes))}"
+            problems.append(Problem("batch.micro_lanes", f"found {batch.micro_lanes}; {valid}"))
         return problems
 
     def _stage_problems(self) -> list[Problem]:

@@ -55,7 +55,9 @@ class WindowBatch(TensorRecord):
     """A window of consecutive interactions of b lanes."""
 
     lanes: torch.Tensor
-    """int64 [b] global numbers of the lanes, ascending."""
+    """int64 [b] global numbers of the lanes: consecutive, ascending."""
+    first_lane: int
+    """The first of them, on the host."""
     look_back: LaneInteractions | None
     """The interaction before position 0 (nothing supervised); absent in lanes whose position 0 is a reset.
     None if the loader was told not to read it."""
@@ -70,8 +72,8 @@ class WindowStep:
     batches: list[WindowBatch]
     """Micro-batches of this rank, in the order of their lanes."""
     counts: dict[str, int]
-    """Counts of the whole step over all ranks: "tokens", "answer" (supervised tokens), "resets". The
-    look-back is not counted."""
+    """Counts of the whole step over all ranks: "tokens", "answer" (supervised tokens), "slots" (STM slots
+    whose position holds a token), "interactions" and "resets". The look-back is not counted."""
     position_counts: list[dict[str, int]]
     """The same for each of the W positions; they sum to ``counts``."""
     state: LaneState
@@ -100,13 +102,15 @@ class LaneLoader:
         dp_rank: int,
         dp_size: int,
         pad_id: int,
+        stm_size: int,
         look_back: bool = True,
         state: LaneState | None = None,
         prefetch_steps: int = 2,
         pin_memory: bool = False,
     ) -> None:
-        """``key`` identifies the stage of the run: schedule and token keys derive from it. ``look_back``:
-        also read the interaction before the window, for stages that carry the STM from before its write.
+        """``key`` identifies the stage of the run: schedule and token keys derive from it. ``stm_size``
+        bounds the "slots" that an interaction counts for. ``look_back``: also read the interaction before
+        the window, for stages that carry the STM from before its write.
 
         Raises:
             ConfigError: ``lanes`` is not a multiple of ``dp_size * micro_lanes``, or ``window`` < 1.
@@ -129,6 +133,7 @@ class LaneLoader:
                 for start in range(dp_rank * share, (dp_rank + 1) * share, micro_lanes)
             ],
             pad_id=pad_id,
+            stm_size=stm_size,
             look_back=look_back,
             pin_memory=pin_memory and torch.cuda.is_available(),
         )
@@ -171,6 +176,7 @@ class _RankPlan:
     micro_batches: list[Int64Array]
     """Lanes of each micro-batch of this rank."""
     pad_id: int
+    stm_size: int
     look_back: bool
     pin_memory: bool
 
@@ -192,9 +198,12 @@ class _RankPlan:
 
     def _counts(self, window: LaneWindow) -> list[dict[str, int]]:
         pieces = self._pieces(window)
+        lengths = self.source.lengths[pieces]
         columns = {
-            "tokens": self.source.lengths[pieces].sum(axis=0, dtype=np.int64),
+            "tokens": lengths.sum(axis=0, dtype=np.int64),
             "answer": self.source.answer_kept[pieces].sum(axis=0),
+            "slots": np.minimum(lengths, self.stm_size).sum(axis=0, dtype=np.int64),
+            "interactions": np.full(self.window, len(pieces)),
             "resets": window.resets.sum(axis=0),
         }
         return [{name: int(column[w]) for name, column in columns.items()} for w in range(self.window)]
@@ -205,16 +214,16 @@ class _RankPlan:
         look_back = None
         if self.look_back:
             present = numbers[:, 0] > 0
-            look_back = self._interactions(
+            look_back = self._read(
                 pieces[:, 0] - 1, visits[:, 0], numbers[:, 0] - 1, present, supervise=False
             )
         positions = tuple(
-            self._interactions(pieces[:, w], visits[:, w], numbers[:, w], everywhere, supervise=True)
+            self._read(pieces[:, w], visits[:, w], numbers[:, w], everywhere, supervise=True)
             for w in range(self.window)
         )
-        return WindowBatch(torch.from_numpy(lanes), look_back, positions)
+        return WindowBatch(torch.from_numpy(lanes), int(lanes[0]), look_back, positions)
 
-    def _interactions(
+    def _read(
         self,
         pieces: Int64Array,
         visits: Int64Array,
@@ -223,30 +232,57 @@ class _RankPlan:
         *,
         supervise: bool,
     ) -> LaneInteractions:
-        """Read one interaction a lane; ``pieces``, ``visits`` and ``numbers`` [b] count where ``present``."""
-        read = pieces[present]
-        lengths = np.ones(len(pieces), dtype=np.int64)
-        lengths[present] = self.source.lengths[read]
-        real = np.repeat(present, lengths)
-        tokens = np.full(len(real), self.pad_id, dtype=np.int64)
-        tokens[real] = self.source.read_tokens(read)
-        marks = np.zeros(len(real), dtype=np.uint8)
-        targets = np.zeros(len(pieces), dtype=np.int64)
-        if supervise:
-            marks[real] = self.source.read_marks(read)
-            targets[present] = self.source.answer_kept[read]
-        next_index = supervised_rows(lengths, targets)
-        lane_keys = fold_in(fold_in(self.token_key, visits), numbers)
-        token_keys = fold_in(np.repeat(lane_keys, lengths), piece_positions(lengths))
-        return LaneInteractions(
-            tokens=torch.from_numpy(tokens),
-            layout=SequenceLayout.from_lengths(lengths, torch.device("cpu")),
-            token_keys=torch.from_numpy(token_keys.view(np.int64)),
-            next_index=torch.from_numpy(next_index),
-            next_targets=torch.from_numpy(tokens[next_index + 1]),
-            target_marks=torch.from_numpy(marks[next_index + 1]),
-            present=torch.from_numpy(present.copy()),
-            reset=torch.from_numpy(present & (numbers == 0)),
-            visits=torch.from_numpy(visits.copy()),
-            numbers=torch.from_numpy(numbers.copy()),
+        return read_interactions(
+            self.source,
+            pieces,
+            visits=visits,
+            numbers=numbers,
+            present=present,
+            token_key=self.token_key,
+            pad_id=self.pad_id,
+            supervise=supervise,
         )
+
+
+def read_interactions(
+    source: InteractionPieces,
+    pieces: Int64Array,
+    *,
+    visits: Int64Array,
+    numbers: Int64Array,
+    present: BoolArray,
+    token_key: int,
+    pad_id: int,
+    supervise: bool,
+) -> LaneInteractions:
+    """Read one interaction a lane; ``pieces``, ``visits`` and ``numbers`` [b] count where ``present``.
+
+    Raises:
+        DataError: a shard is missing or damaged.
+    """
+    read = pieces[present]
+    lengths = np.ones(len(pieces), dtype=np.int64)
+    lengths[present] = source.lengths[read]
+    real = np.repeat(present, lengths)
+    tokens = np.full(len(real), pad_id, dtype=np.int64)
+    tokens[real] = source.read_tokens(read)
+    marks = np.zeros(len(real), dtype=np.uint8)
+    targets = np.zeros(len(pieces), dtype=np.int64)
+    if supervise:
+        marks[real] = source.read_marks(read)
+        targets[present] = source.answer_kept[read]
+    next_index = supervised_rows(lengths, targets)
+    lane_keys = fold_in(fold_in(token_key, visits), numbers)
+    token_keys = fold_in(np.repeat(lane_keys, lengths), piece_positions(lengths))
+    return LaneInteractions(
+        tokens=torch.from_numpy(tokens),
+        layout=SequenceLayout.from_lengths(lengths, torch.device("cpu")),
+        token_keys=torch.from_numpy(token_keys.view(np.int64)),
+        next_index=torch.from_numpy(next_index),
+        next_targets=torch.from_numpy(tokens[next_index + 1]),
+        target_marks=torch.from_numpy(marks[next_index + 1]),
+        present=torch.from_numpy(present.copy()),
+        reset=torch.from_numpy(present & (numbers == 0)),
+        visits=torch.from_numpy(visits.copy()),
+        numbers=torch.from_numpy(numbers.copy()),
+    )

@@ -133,7 +133,12 @@ def attention_heads(
     return counts[kind]
 
 
-def _choice(values: Mapping[str, Any], key: str, names: Mapping[str, _Name]) -> _Name:
+def choice(values: Mapping[str, Any], key: str, names: Mapping[str, _Name]) -> _Name:
+    """Our name for the published value of ``key``.
+
+    Raises:
+        CheckpointError: the value is unknown.
+    """
     if values[key] not in names:
         raise CheckpointError(f"config: {key} is {values[key]!r}; valid: {', '.join(names)}")
     return names[values[key]]
@@ -189,10 +194,10 @@ def decoder_config(values: Mapping[str, Any], shapes: Shapes) -> ModelConfig:
         attention=_self_attention(values, shapes),
         cross_attention=_cross_attention(values, shapes),
         gated_ff=values["use_gated"],
-        activation=_choice(values, "ff_activation", _ACTIVATIONS),
+        activation=choice(values, "ff_activation", _ACTIVATIONS),
         use_rope=not values["use_nope"],
         stm_norm="model.layers.0.stm_norm.weight" in shapes,
-        head_norm=_choice(values, "head_norm_type", _HEAD_NORMS) if values["use_head_norm"] else "none",
+        head_norm=choice(values, "head_norm_type", _HEAD_NORMS) if values["use_head_norm"] else "none",
         moe=_moe_config(values),
         stateless_layers=values["stateless_layers_config"] or [],
         final_stateless_layers=values["final_stateless_layers_config"] or [],
@@ -201,7 +206,7 @@ def decoder_config(values: Mapping[str, Any], shapes: Shapes) -> ModelConfig:
     encoder = EncoderConfig(
         num_layers=decoder.num_layers, heads=decoder.heads, ff_dim=decoder.ff_dim, attention=decoder.attention
     )
-    return _model(values, encoder, decoder)
+    return model_of(values, encoder, decoder)
 
 
 def encoder_config(values: Mapping[str, Any], shapes: Shapes) -> ModelConfig:
@@ -213,11 +218,11 @@ def encoder_config(values: Mapping[str, Any], shapes: Shapes) -> ModelConfig:
         ff_dim=values["ff_dim"],
         attention=_self_attention(values, shapes),
         gated_ff=values["use_gated"],
-        activation=_choice(values, "ff_activation", _ACTIVATIONS),
+        activation=choice(values, "ff_activation", _ACTIVATIONS),
         use_rope=not values["use_nope"],
         memory_cross_attention=unused,
     )
-    return _model(values, encoder, _any_decoder(encoder))
+    return model_of(values, encoder, any_decoder(encoder))
 
 
 def mlm_head_config(width: int, vocab_size: int) -> ModelConfig:
@@ -225,10 +230,11 @@ def mlm_head_config(width: int, vocab_size: int) -> ModelConfig:
     attention = AttentionConfig(query_heads=1, kv_heads=1)
     encoder = EncoderConfig(num_layers=1, heads=1, ff_dim=1, attention=attention, use_rope=False)
     values = {**COMPONENT_DEFAULTS, "embed_dim": width, "vocab_size": vocab_size}
-    return _model(values, encoder, _any_decoder(encoder))
+    return model_of(values, encoder, any_decoder(encoder))
 
 
-def _any_decoder(encoder: EncoderConfig) -> DecoderConfig:
+def any_decoder(encoder: EncoderConfig) -> DecoderConfig:
+    """A decoder that fits ``encoder``, for components that know no decoder."""
     return DecoderConfig(
         num_layers=encoder.num_layers,
         heads=encoder.heads,
@@ -239,7 +245,13 @@ def _any_decoder(encoder: EncoderConfig) -> DecoderConfig:
     )
 
 
-def _model(values: Mapping[str, Any], encoder: EncoderConfig, decoder: DecoderConfig) -> ModelConfig:
+def model_of(
+    values: Mapping[str, Any],
+    encoder: EncoderConfig,
+    decoder: DecoderConfig,
+    memory_attention: MemoryAttentionConfig | None = None,
+) -> ModelConfig:
+    """The model around the components that a configuration speaks of."""
     return ModelConfig(
         name="reference",
         vocab_size=values["vocab_size"],
@@ -250,5 +262,6 @@ def _model(values: Mapping[str, Any], encoder: EncoderConfig, decoder: DecoderCo
         rope_base=float(values["rope_base"]),
         encoder=encoder,
         decoder=decoder,
-        memory_attention=MemoryAttentionConfig(heads=encoder.heads, attention=encoder.attention),
+        memory_attention=memory_attention
+        or MemoryAttentionConfig(heads=encoder.heads, attention=encoder.attention),
     )

@@ -1,4 +1,4 @@
-"""Which part of which of our parameters each published tensor is.
+"""Which part of which of our parameters or buffers each published tensor is.
 
 One list of :class:`Entry` serves every direction: reading a checkpoint, writing one, and comparing
 gradients, since an entry is a view of our tensor in the published layout.
@@ -25,7 +25,7 @@ class Entry:
     """A published tensor as a view of one of our parameters.
 
     Attributes:
-        key: published name; name: our parameter.
+        key: published name; name: our parameter or buffer.
         expert: index along dimension 0 of a stacked parameter, or None.
         rows: (start, size) along dimension 0 (after ``expert``), or None for all.
         transposed: whether the last two dimensions are swapped.
@@ -52,13 +52,13 @@ class Entry:
 def load_entries(
     module: nn.Module, entries: list[Entry], state: Mapping[str, torch.Tensor], ignored: set[str]
 ) -> None:
-    """Copy the tensors of a published ``state`` into the parameters of ``module``.
+    """Copy the tensors of a published ``state`` into the parameters and buffers of ``module``.
 
     Raises:
         CheckpointError: a tensor is missing, is neither expected nor ``ignored``, or has another shape.
     """
-    parameters = dict(module.named_parameters())
-    expected = {entry.key: entry.view(parameters[entry.name]) for entry in entries}
+    tensors = named_tensors(module)
+    expected = {entry.key: entry.view(tensors[entry.name]) for entry in entries}
     for key, target in expected.items():
         shape = tuple(target.shape)
         if key not in state:
@@ -72,6 +72,11 @@ def load_entries(
     with torch.no_grad():
         for key, target in expected.items():
             target.copy_(state[key])
+
+
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of ``module`` by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def collect(entries: list[Entry], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Load published encoders, decoders and MLM heads, and run them the way they were published.
+"""Load published components and run them the way they were published.
 
 A published model computes on padded [B, T] batches. ``forward_padded`` lays out all T positions as real
 tokens and expresses the padding as an explicit key mask; training never does this.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +36,25 @@ from rxt_dist.interchange.mapping import (
     encoder_entries,
     load_entries,
     mlm_head_entries,
+    named_tensors,
+)
+from rxt_dist.interchange.memory import (
+    MEMORY_DEFAULTS,
+    VARIANTS,
+    memory_attention_config,
+    memory_attention_entries,
+    reshape_numbers,
 )
 from rxt_dist.kernels.attention import AttentionLayout
-from rxt_dist.model import Decoder, DecoderOutput, Encoder, Memory, MLMHead, SequenceLayout
+from rxt_dist.model import (
+    Decoder,
+    DecoderOutput,
+    Encoder,
+    Memory,
+    MemoryAttention,
+    MLMHead,
+    SequenceLayout,
+)
 
 STM_KEY = "model.stm.memory"
 
@@ -50,8 +68,8 @@ class ReferenceModule(nn.Module):
         self.entries = entries
 
     def reference_tensors(self) -> dict[str, torch.Tensor]:
-        """Copies of the parameters in the published layout, by published name."""
-        return collect(self.entries, dict(self.module.named_parameters()))
+        """Copies of the parameters and buffers in the published layout, by published name."""
+        return collect(self.entries, named_tensors(self.module))
 
     def reference_gradients(self) -> dict[str, torch.Tensor]:
         """Copies of the gradients in the published layout, for parameters that have one."""
@@ -116,17 +134,8 @@ class ReferenceEncoder(ReferenceModule):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(last hidden [B, T, D], all layers [L, B, T, D]); keys with ``attention_mask`` 0 are not seen."""
-        batch, length = input_ids.shape
-        layout = SequenceLayout.from_lengths([length] * batch, input_ids.device)
-        if attention_mask is not None:
-            layout = SequenceLayout(
-                layout.cu_seqlens,
-                layout.max_seqlen,
-                layout.positions,
-                layout.sequence_ids,
-                attention=_masked_keys(layout, attention_mask),
-            )
-        layers: torch.Tensor = self.module(input_ids.flatten(), layout).unflatten(1, (batch, length))
+        layout = _layout_of_all_positions(input_ids.shape, input_ids.device, attention_mask)
+        layers: torch.Tensor = self.module(input_ids.flatten(), layout).unflatten(1, input_ids.shape)
         return layers[-1], layers
 
 
@@ -138,6 +147,31 @@ class ReferenceMLMHead(ReferenceModule):
     def forward_padded(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [B, T, D] -> logits [B, T, V]."""
         return nn.functional.linear(self.module(hidden), self.module.weight, self.module.bias)
+
+
+class ReferenceMemoryAttention(ReferenceModule):
+    """A published memory attention; ``stored_stm`` [L, B, S, D] is the memory in its checkpoint, if any."""
+
+    module: MemoryAttention
+
+    def __init__(
+        self, module: MemoryAttention, entries: list[Entry], stored_stm: torch.Tensor | None
+    ) -> None:
+        super().__init__(module, entries)
+        self.stored_stm = stored_stm
+
+    def forward_padded(
+        self, encoded: torch.Tensor, attention_mask: torch.Tensor | None, stm: torch.Tensor
+    ) -> torch.Tensor:
+        """The new memory [L, B, S, D].
+
+        Args:
+            encoded: [L, B, T, D]; attention_mask: [B, T], nonzero where a token is real; None for all.
+            stm: [L, B, S, D], the memory before.
+        """
+        layout = _layout_of_all_positions(encoded.shape[1:3], encoded.device, attention_mask)
+        updated: torch.Tensor = self.module(stm, encoded.flatten(1, 2), layout)
+        return updated
 
 
 def load_reference(
@@ -190,10 +224,21 @@ def _load_mlm_head(config: Mapping[str, Any], state: Mapping[str, torch.Tensor])
     return ReferenceMLMHead(head, entries)
 
 
+def _load_memory_attention(
+    cls: str, config: Mapping[str, Any], state: Mapping[str, torch.Tensor]
+) -> ReferenceMemoryAttention:
+    values = with_defaults(cls, config, {**COMPONENT_DEFAULTS, **MEMORY_DEFAULTS})
+    module = MemoryAttention(_translate(partial(memory_attention_config, VARIANTS[cls]), values, state))
+    entries = memory_attention_entries(module)
+    load_entries(module, entries, reshape_numbers(module, entries, state), _ignored(state))
+    return ReferenceMemoryAttention(module, entries, _stored_stm(state))
+
+
 LOADERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, torch.Tensor]], ReferenceModule]] = {
     "RxTDecoder": _load_decoder,
     "RxTEncoder": _load_encoder,
     "MLMHead": _load_mlm_head,
+    **{cls: partial(_load_memory_attention, cls) for cls in VARIANTS},
 }
 
 
@@ -223,6 +268,16 @@ def _stored_stm(state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
             f"{STM_KEY}: found shape {tuple(stm.shape)}; expected [L, B, S, D] or [L, S, D]"
         )
     return stm.unsqueeze(1) if stm.dim() == 3 else stm
+
+
+def _layout_of_all_positions(
+    shape: torch.Size, device: torch.device, attention_mask: torch.Tensor | None
+) -> SequenceLayout:
+    """All positions of ``shape`` (B, T) as tokens; keys with ``attention_mask`` [B, T] 0 are not seen."""
+    layout = SequenceLayout.from_lengths([shape[1]] * shape[0], device)
+    if attention_mask is None:
+        return layout
+    return replace(layout, attention=_masked_keys(layout, attention_mask))
 
 
 def _masked_keys(layout: SequenceLayout, attention_mask: torch.Tensor) -> AttentionLayout:

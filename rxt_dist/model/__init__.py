@@ -5,6 +5,7 @@ from rxt_dist.model.encoder import Encoder
 from rxt_dist.model.heads import LMHead, MLMHead
 from rxt_dist.model.layout import SequenceLayout
 from rxt_dist.model.memory import Memory
+from rxt_dist.model.memory_attention import MemoryAttention
 from rxt_dist.model.model import RxTModel, build_model, count_parameters
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "LMHead",
     "MLMHead",
     "Memory",
+    "MemoryAttention",
     "RxTModel",
     "SequenceLayout",
     "build_model",

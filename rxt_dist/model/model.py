@@ -10,11 +10,12 @@ from rxt_dist.model.decoder import Decoder
 from rxt_dist.model.encoder import Encoder
 from rxt_dist.model.heads import MLMHead
 from rxt_dist.model.initialisation import Distribution, Normal, initialise
+from rxt_dist.model.memory_attention import MemoryAttention
 from rxt_dist.model.moe import MoE
 
 
 class RxTModel(nn.Module):
-    """Encoder, decoder and MLM head; encoder and decoder share one embedding parameter.
+    """Encoder, decoder, MLM head and memory attention; encoder and decoder share one embedding parameter.
 
     The components are called one by one: what flows between them is a stage's business.
     """
@@ -26,6 +27,7 @@ class RxTModel(nn.Module):
         self.decoder = Decoder(config)
         self.decoder.embedding = self.encoder.embedding
         self.mlm_head = MLMHead(config)
+        self.memory_attention = MemoryAttention(config)
 
     def initial_distributions(self) -> dict[str, Distribution]:
         return {"encoder.embedding.weight": Normal(std=self.config.embedding_std)}
@@ -41,6 +43,7 @@ def build_model(config: ModelConfig, seed: int) -> RxTModel:
         model = RxTModel(config)
     model.to_empty(device="cpu")
     initialise(model, seed)
+    model.memory_attention.reset_statistics()
     return model
 
 
@@ -48,8 +51,8 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
     """Parameters of a model with this vocabulary, without building it.
 
     Returns:
-        Counts by name. ``encoder``, ``decoder``, ``mlm_head`` (and other components by their attribute
-        name): each by itself, embedding included. ``total``: sum of the final model's components, without
+        Counts by name. ``encoder``, ``decoder``, ``mlm_head``, ``memory_attention``: each by itself,
+        embedding included. ``total``: sum of the final model's components, without
         the MLM head. ``unique``: the same with the shared embedding counted once. ``decoder_active`` and
         ``active``: ``decoder`` and ``unique`` less the experts that a token does not visit.
     """

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 from rxt_dist.config import RunConfig, StageConfig
+from rxt_dist.config.run import STAGE_DATA, StageName
 from rxt_dist.data.manifest import Split
-from rxt_dist.data.pieces import InteractionPieces, PieceSource, TextPieces
+from rxt_dist.data.pieces import InteractionPieces, TextPieces
 from rxt_dist.data.reader import Dataset
 from rxt_dist.errors import ConfigError
 from rxt_dist.model import RxTModel
 from rxt_dist.stages.base import StageModule, Term
+from rxt_dist.stages.memory_attention import MemoryAttentionModule
+from rxt_dist.stages.smat import SmatModule
 from rxt_dist.stages.text import TextStageModule
 
-__all__ = ["StageModule", "Term", "build_stage", "open_pieces"]
+__all__ = ["Pieces", "StageModule", "Term", "TextStageModule", "build_stage", "open_pieces"]
+
+Pieces = TextPieces | InteractionPieces
+
+_MODULES: dict[StageName, type[TextStageModule | MemoryAttentionModule | SmatModule]] = {
+    "joint_lm": TextStageModule,
+    "interaction_sft": TextStageModule,
+    "memory_attention": MemoryAttentionModule,
+    "smat": SmatModule,
+}
 
 
 def build_stage(model: RxTModel, config: RunConfig, stage: StageConfig) -> StageModule:
     """The stage's module over the parts of ``model`` that it uses."""
-    return TextStageModule(model, config, stage)
+    return _MODULES[stage.name](model, config, stage)
 
 
-def open_pieces(config: RunConfig, stage: StageConfig, split: Split) -> PieceSource:
-    """Training units of ``split`` (``train`` or ``val``) in the dataset the stage reads."""
-    text = stage.name == "joint_lm"
-    path = config.data.text if text else config.data.conversations
+def open_pieces(config: RunConfig, stage: StageConfig, split: Split) -> Pieces:
+    """Training units of ``split`` in the dataset the stage reads.
+
+    Raises :class:`ConfigError` when the dataset is not set, DataError when it lacks the split.
+    """
+    kind = STAGE_DATA[stage.name]
+    path = getattr(config.data, kind)
     if path is None:
-        field = "data.text" if text else "data.conversations"
-        raise ConfigError(f"{field} is not set; stage {stage.name} needs it")
+        raise ConfigError(f"data.{kind} is not set; stage {stage.name} needs it")
     dataset = Dataset(path, split)
-    return (
-        TextPieces(dataset, config.model.seq_len)
-        if text
-        else InteractionPieces(dataset, config.model.seq_len)
-    )
+    if kind == "text":
+        return TextPieces(dataset, config.model.seq_len)
+    return InteractionPieces(dataset, config.model.seq_len)

@@ -10,12 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from rxt_dist.data.batch import TextBatch
+from rxt_dist.config import RunConfig
 from rxt_dist.model import SequenceLayout
+from rxt_dist.randomness import derive_key, fold_in_tensor, signed_key
 
 CROSS_ENTROPY_CHUNK = 4096
 
@@ -24,13 +26,11 @@ CROSS_ENTROPY_CHUNK = 4096
 class Term:
     """One summed quantity of a micro-batch.
 
-    ``total`` is a scalar (fp32 or integer), ``count`` the key of the count it is divided by, and
-    ``weight`` its factor in the training loss (0 for a metric that is only reported).
+    ``total`` is a scalar (fp32 or integer), ``count`` the key of the count it is divided by.
     """
 
     total: torch.Tensor
     count: str
-    weight: float = 0.0
 
 
 class StageModule(nn.Module, ABC):
@@ -39,19 +39,28 @@ class StageModule(nn.Module, ABC):
     Only submodules the stage uses are registered, so that the engine neither moves nor casts the rest.
     """
 
-    metric_names: tuple[str, ...]
-    """Names of the terms, in a fixed order known before the first batch."""
+    weights: dict[str, float]
+    """Factor in the loss of every term, by metric name; 0 for one that is only reported. The order is that
+    of the metric vector and is known before the first batch."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return tuple(self.weights)
 
     @abstractmethod
-    def terms(self, batch: TextBatch) -> dict[str, Term]:
-        """Sums of one micro-batch by metric name; the names are exactly ``metric_names``."""
+    def run(self, batch: Any, stm: torch.Tensor | None) -> tuple[dict[str, Term], torch.Tensor | None]:
+        """Sums of one micro-batch by metric name (exactly ``metric_names``), and the STM to carry on.
+
+        ``stm`` [L, lanes, S, D] is what the lanes of the micro-batch carried here; None, as is the one
+        returned, in stages without lanes.
+        """
 
     @abstractmethod
     def frozen_parameters(self) -> Iterator[nn.Parameter]:
         """Registered parameters that take no part in training."""
 
     @abstractmethod
-    def local_counts(self, batch: TextBatch) -> dict[str, int]:
+    def local_counts(self, batch: Any) -> dict[str, int]:
         """What the micro-batch adds to each count that ``terms`` divides by."""
 
     @property
@@ -59,23 +68,25 @@ class StageModule(nn.Module, ABC):
     def generates(self) -> bool:
         """Whether the stage has a decoder that can continue a text."""
 
-    @abstractmethod
     def next_token_logits(self, tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        """Logits [B, V] of the token after each of the B sequences in ``tokens`` [N]."""
+        """Logits [B, V] of the token after each of the B sequences in ``tokens`` [N]; if it generates."""
+        raise NotImplementedError
 
-    def forward(self, batch: TextBatch, counts: Mapping[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, batch: Any, counts: Mapping[str, int], stm: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Loss of one micro-batch and its metrics, both as shares of the global step.
 
         ``counts`` are the global counts of the step. Returns the scalar loss and the metric vector
-        [1 + len(metric_names)] (the loss first); summed over all micro-batches and ranks they are the
-        step's values. A count of zero contributes zero.
+        [1 + len(metric_names)] (the loss first), and the STM to carry on; summed over all micro-batches
+        and ranks loss and metrics are the step's values. A count of zero contributes zero.
         """
-        terms = self.terms(batch)
-        shares = [terms[name].total.float() / max(1, counts[terms[name].count]) for name in self.metric_names]
-        loss = torch.stack(
-            [share * terms[name].weight for share, name in zip(shares, self.metric_names, strict=True)]
-        ).sum()
-        return loss, torch.stack([loss.detach(), *(share.detach() for share in shares)])
+        terms, carried = self.run(batch, stm)
+        shares = {
+            name: terms[name].total.float() / max(1, counts[terms[name].count]) for name in self.weights
+        }
+        loss = torch.stack([shares[name] * weight for name, weight in self.weights.items()]).sum()
+        return loss, torch.stack([loss.detach(), *(share.detach() for share in shares.values())]), carried
 
     def freeze(self) -> None:
         """Take the frozen parameters out of training; must precede the engine."""
@@ -86,3 +97,17 @@ class StageModule(nn.Module, ABC):
 def uses(components: str, part: str) -> bool:
     """Whether a stage's ``components`` setting includes ``part`` (``encoder`` or ``decoder``)."""
     return components in ("joint", part)
+
+
+def layer_keys(token_keys: torch.Tensor, purpose: str, layers: int) -> torch.Tensor:
+    """One key for every layer and token: int64 [L, N]."""
+    bases = fold_in_tensor(token_keys, signed_key(derive_key(purpose)))
+    return fold_in_tensor(bases.unsqueeze(0), torch.arange(layers, device=bases.device).unsqueeze(1))
+
+
+def aux_weight(config: RunConfig, decoder_scale: float) -> dict[str, float]:
+    """Weight of the experts' balance loss by metric name; empty for a model without one."""
+    moe = config.model.decoder.moe
+    if moe is None or moe.aux_loss == "none" or moe.aux_loss_scale == 0:
+        return {}
+    return {"aux_loss": decoder_scale * moe.aux_loss_scale}

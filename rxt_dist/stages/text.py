@@ -21,8 +21,8 @@ from rxt_dist.data.batch import TextBatch
 from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.model import Memory, RxTModel, SequenceLayout
 from rxt_dist.model.stm import draw_stm
-from rxt_dist.randomness import derive_key, fold_in_tensor, normal_tensor, signed_key, uniform_tensor
-from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK, StageModule, Term, uses
+from rxt_dist.randomness import derive_key, normal_tensor, signed_key, uniform_tensor
+from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK, StageModule, Term, aux_weight, layer_keys, uses
 
 
 class TextStageModule(StageModule):
@@ -33,17 +33,15 @@ class TextStageModule(StageModule):
         self.stage = stage
         self.with_encoder = uses(stage.components, "encoder")
         self.with_decoder = uses(stage.components, "decoder")
-        moe = config.model.decoder.moe
-        self.aux_scale = 0.0 if moe is None or moe.aux_loss == "none" else moe.aux_loss_scale
-        names: list[str] = []
+        self.weights = {}
         if self.with_encoder:
             self.encoder = model.encoder
             self.mlm_head = model.mlm_head
-            names += ["mlm_loss", "mlm_accuracy"]
+            self.weights |= {"mlm_loss": stage.encoder_loss_scale, "mlm_accuracy": 0.0}
         if self.with_decoder:
             self.decoder = model.decoder
-            names += ["ar_loss", "ar_accuracy"] + (["aux_loss"] if self.aux_scale > 0 else [])
-        self.metric_names = tuple(names)
+            scale = stage.decoder_loss_scale
+            self.weights |= {"ar_loss": scale, "ar_accuracy": 0.0, **aux_weight(config, scale)}
         self._constant_stm: torch.Tensor | None = None
         if not self.with_encoder:
             key = torch.tensor([signed_key(derive_key(config.seed, "stm"))])
@@ -64,7 +62,11 @@ class TextStageModule(StageModule):
             "next": batch.next_index.numel(),
         }
 
+    def run(self, batch: TextBatch, stm: torch.Tensor | None) -> tuple[dict[str, Term], torch.Tensor | None]:
+        return self.terms(batch), None
+
     def terms(self, batch: TextBatch) -> dict[str, Term]:
+        """Sums of one micro-batch by metric name."""
         terms: dict[str, Term] = {}
         layers = None
         if self.with_encoder:
@@ -73,7 +75,7 @@ class TextStageModule(StageModule):
             loss, correct = linear_cross_entropy(
                 features, self.mlm_head.weight, self.mlm_head.bias, batch.masked_targets, CROSS_ENTROPY_CHUNK
             )
-            terms["mlm_loss"] = Term(loss, "masked", self.stage.encoder_loss_scale)
+            terms["mlm_loss"] = Term(loss, "masked")
             terms["mlm_accuracy"] = Term(correct, "masked")
         if self.with_decoder:
             memory = self.memory(layers, batch.layout, batch.token_keys)
@@ -86,11 +88,10 @@ class TextStageModule(StageModule):
                 batch.next_targets,
                 CROSS_ENTROPY_CHUNK,
             )
-            terms["ar_loss"] = Term(loss, "next", self.stage.decoder_loss_scale)
+            terms["ar_loss"] = Term(loss, "next")
             terms["ar_accuracy"] = Term(correct, "next")
-            if "aux_loss" in self.metric_names:
-                weight = self.stage.decoder_loss_scale * self.aux_scale
-                terms["aux_loss"] = Term(output.aux_sum, "tokens", weight)
+            if "aux_loss" in self.weights:
+                terms["aux_loss"] = Term(output.aux_sum, "tokens")
         return terms
 
     def memory(
@@ -127,17 +128,11 @@ class TextStageModule(StageModule):
     def _disturb(self, states: torch.Tensor, token_keys: torch.Tensor) -> torch.Tensor:
         stage = self.stage
         if stage.slot_dropout > 0:
-            keys = _layer_keys(token_keys, "slot_dropout", states.shape[0])
+            keys = layer_keys(token_keys, "slot_dropout", states.shape[0])
             kept = uniform_tensor(keys) >= stage.slot_dropout
             states = states * kept.unsqueeze(-1)
         if stage.noise_level > 0:
-            keys = _layer_keys(token_keys, "noise", states.shape[0])
+            keys = layer_keys(token_keys, "noise", states.shape[0])
             noise = normal_tensor(keys, states.shape[-1]) * stage.noise_level
             states = states + noise.to(states.dtype)
         return states
-
-
-def _layer_keys(token_keys: torch.Tensor, purpose: str, layers: int) -> torch.Tensor:
-    """One key for every layer and token: int64 [L, N]."""
-    bases = fold_in_tensor(token_keys, signed_key(derive_key(purpose)))
-    return fold_in_tensor(bases.unsqueeze(0), torch.arange(layers, device=bases.device).unsqueeze(1))

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from rxt_dist.checkpoint.fragments import CanonicalPart, Fragment, canonical_parts, clip_fragment
-from rxt_dist.data.batch import TextBatch
 from rxt_dist.parallel.bootstrap import configure_deepspeed
 from rxt_dist.stages import StageModule
 
@@ -64,10 +63,12 @@ class StageEngine:
             whole = masters[name].view(-1)[start : start + fragment.values.numel()]
             fragment.values.copy_(whole.to(device))
 
-    def forward(self, batch: TextBatch, counts: Mapping[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and metric vector of one micro-batch (see :meth:`StageModule.forward`)."""
-        loss, metrics = self.engine(batch, counts)
-        return loss, metrics
+    def forward(
+        self, batch: Any, counts: Mapping[str, int], stm: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Loss, metric vector and carried STM of one micro-batch (see :meth:`StageModule.forward`)."""
+        loss, metrics, carried = self.engine(batch, counts, stm)
+        return loss, metrics, carried
 
     def backward_and_step(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient; the last micro-batch of a step also updates the weights."""

@@ -22,10 +22,9 @@ from rxt_dist.errors import USER_ERROR_EXIT_CODE, ConfigError, RxtError
 from rxt_dist.kernels.attention import set_attention_backend
 from rxt_dist.observe.logging import setup_logging
 from rxt_dist.observe.metrics import TrainState
-from rxt_dist.observe.metrics_file import truncate_after
+from rxt_dist.observe.metrics_file import EVALUATION_FILE, METRICS_FILE, truncate_after
 from rxt_dist.parallel.bootstrap import World, start_process_group, world_from_environment
 from rxt_dist.train.callbacks import Callback, CallbackList, MetricsLog, ProgressBar, PrometheusCallback
-from rxt_dist.train.callbacks.metrics_log import EVALUATION_FILE, METRICS_FILE
 from rxt_dist.train.run_dir import CONFIG_FILE, check_continuation, create_run_dir
 
 logger = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ def create_run_dir(config: RunConfig, tokenizer: Path) -> None:
     folder = config.runtime.run_dir
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
-            f"runtime.run_dir: {folder} is not empty; choose another folder, or continue the run with --resume"
+            f"runtime.run_dir: {folder} is not empty; choose another folder or continue the run with --resume"
         )
     folder.mkdir(parents=True, exist_ok=True)
     save_resolved(config, folder / CONFIG_FILE)

@@ -12,7 +12,7 @@ from rxt_dist.config import (
     check_world_size,
     deepspeed_config,
     load_config,
-    micro_packs,
+    micro_units,
     stage_optimizer,
 )
 from rxt_dist.errors import ConfigError, MeshError
@@ -26,7 +26,7 @@ def tiny(*overrides: str) -> RunConfig:
 
 def generate(config: RunConfig, dp_size: int = 1, stage: int = 0) -> dict[str, Any]:
     optimizer = stage_optimizer(config, config.stages[stage])
-    return deepspeed_config(config, dp_size=dp_size, optimizer=optimizer)
+    return deepspeed_config(config, config.stages[stage], dp_size=dp_size, optimizer=optimizer)
 
 
 class TestWorldSize:
@@ -62,7 +62,10 @@ class TestWorldSize:
     )
     def test_micro_batches(self, micro: str, dp: int, expected: tuple[int, int]) -> None:
         config = tiny(f"batch.micro_packs={micro}")
-        assert (micro_packs(config, dp), accumulation_steps(config, dp)) == expected
+        assert (
+            micro_units(config, config.stages[0], dp),
+            accumulation_steps(config, config.stages[0], dp),
+        ) == expected
 
 
 class TestGeneration:
@@ -105,7 +108,7 @@ class TestGeneration:
     def test_fused_is_the_callers_choice(self) -> None:
         config = tiny()
         optimizer = stage_optimizer(config, config.stages[0])
-        fused = deepspeed_config(config, dp_size=1, optimizer=optimizer, fused=True)
+        fused = deepspeed_config(config, config.stages[0], dp_size=1, optimizer=optimizer, fused=True)
         assert fused["optimizer"]["params"]["fused"] is True
         assert generate(config)["optimizer"]["params"]["fused"] is False
 

@@ -96,6 +96,15 @@ def joint_pass(
     return layers, model.decoder(tokens, layout, Memory.of_sequence(layers, layout)), layout
 
 
+def joint_parameters(model: RxTModel) -> dict[str, torch.nn.Parameter]:
+    """The parameters, by name, of what :func:`joint_pass` and the MLM head use."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not name.startswith("memory_attention.")
+    }
+
+
 def perturb(model: torch.nn.Module, seed: int = 3) -> None:
     """Move every parameter off special values (unit norms, zero biases) that could hide a mistake."""
     generator = torch.Generator().manual_seed(seed)

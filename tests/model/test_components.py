@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from model_samples import SYMMETRIC, VARIANTS, VOCAB, joint_pass, model_config, perturb, random_tokens
+from model_samples import (
+    SYMMETRIC,
+    VARIANTS,
+    VOCAB,
+    joint_parameters,
+    joint_pass,
+    model_config,
+    perturb,
+    random_tokens,
+)
 
 from rxt_dist.config import ModelConfig
 from rxt_dist.model import Memory, RxTModel, SequenceLayout, build_model
@@ -35,7 +44,7 @@ def test_every_parameter_gets_a_gradient(name: str, lengths: list[int]) -> None:
     loss = loss_of(model, random_tokens(lengths), lengths)
     loss.backward()
     assert torch.isfinite(loss)
-    for key, parameter in model.named_parameters():
+    for key, parameter in joint_parameters(model).items():
         assert parameter.grad is not None, key
         assert torch.isfinite(parameter.grad).all(), key
         if not sum(lengths):
@@ -46,7 +55,7 @@ def test_every_parameter_gets_a_gradient(name: str, lengths: list[int]) -> None:
 def test_gradients_are_not_all_zero(name: str) -> None:
     model = built(VARIANTS[name])
     loss_of(model, random_tokens([9, 7, 12, 4]), [9, 7, 12, 4]).backward()
-    for key, parameter in model.named_parameters():
+    for key, parameter in joint_parameters(model).items():
         assert parameter.grad is not None
         if key.endswith("router.proj.weight") and name == "shared-1-global":
             continue  # one visited expert has weight 1 whatever the router says
@@ -61,14 +70,14 @@ def test_a_document_does_not_see_its_neighbours(name: str) -> None:
     model = built(VARIANTS[name])
     layers, output, layout = joint_pass(model, tokens, lengths)
     loss_of(model, tokens, lengths).backward()
-    packed = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    packed = {key: parameter.grad.clone() for key, parameter in joint_parameters(model).items()}
     model.zero_grad(set_to_none=True)
     for start, end in zip(layout.cu_seqlens[:-1].tolist(), layout.cu_seqlens[1:].tolist(), strict=True):
         own_layers, own_output, _ = joint_pass(model, tokens[start:end], [end - start])
         torch.testing.assert_close(own_layers, layers[:, start:end], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(own_output.hidden, output.hidden[start:end], rtol=1e-4, atol=1e-5)
         loss_of(model, tokens[start:end], [end - start]).backward()
-    for key, parameter in model.named_parameters():
+    for key, parameter in joint_parameters(model).items():
         assert (parameter.grad - packed[key]).abs().max() <= 1e-4 * packed[key].abs().max() + 1e-6, key
 
 
@@ -171,7 +180,7 @@ def test_bf16_stays_close_to_fp32(name: str) -> None:
     assert output.aux_sum.dtype == torch.float32
     assert (layers.float() - exact).abs().max() < 0.05 * exact.abs().max()
     loss_of(half, tokens, lengths).backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in half.parameters())
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in joint_parameters(half).values())
 
 
 @pytest.mark.parametrize("name", VARIANTS)

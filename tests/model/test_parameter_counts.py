@@ -32,10 +32,9 @@ def test_alpha() -> None:
     assert counts["decoder"] == 141_379_104
     assert counts["decoder_active"] == 34_842_144
     assert counts["encoder"] == 13_801_472
-    if "memory_attention" in counts:
-        assert counts["memory_attention"] == 5_529_856
-        assert counts["total"] == 160_710_432
-        assert counts["unique"] == 155_590_432
+    assert counts["memory_attention"] == 5_529_856
+    assert counts["total"] == 160_710_432
+    assert counts["unique"] == 155_590_432
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rxt_dist.observe.metrics_file import MetricsFile
+from rxt_dist.observe.metrics_file import EVALUATION_FILE, METRICS_FILE, MetricsFile
 from rxt_dist.train.callbacks.base import Callback
-
-METRICS_FILE = "metrics.jsonl"
-EVALUATION_FILE = "eval.jsonl"
 
 
 class MetricsLog(Callback):

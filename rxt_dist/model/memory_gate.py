@@ -1,0 +1,93 @@
+"""Gates that mix an update into the short-term memory, for all layers at once.
+
+Shape legend: L layers, B lanes, S STM slots, D embedding width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rxt_dist.config import GateConfig
+from rxt_dist.model.initialisation import Constant, Distribution
+from rxt_dist.model.stacked import Stacked, StackedLinear
+
+
+class MemoryGate(Stacked):
+    """``r * new + (1 - r) * old`` with r = sigmoid(z), or ``(1 + g) * new + (1 - g) * old`` with g = tanh(z).
+
+    z is one number a slot, or one a lane without ``per_slot``:
+
+    * static: learned.
+    * elementwise: learned, times the mean channel of ``old + new`` (also over slots without ``per_slot``).
+    * linear: a learned map over the slots of their status, which is the mean channel of ``old + new`` or a
+      learned projection of it.
+
+    Args of forward:
+        old: [L, B, S, D]; new: [L, B, S, D] or [1, B, S, D], any floating dtypes.
+
+    Returns (mixture [L, B, S, D], gate value r or g, broadcastable to [L, B, S, 1]), in fp32 unless
+    ``old`` is wider; all arithmetic is in that dtype.
+    """
+
+    def __init__(self, config: GateConfig, layers: int, slots: int, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.value: nn.Parameter | None = None
+        self.linear: StackedLinear | None = None
+        self.status: StackedLinear | None = None
+        if config.type == "linear":
+            self.linear = StackedLinear(layers, slots, slots if config.per_slot else 1, bias=True)
+            if config.slot_status == "linear":
+                self.status = StackedLinear(layers, width, 1, bias=True)
+        else:
+            shape = (layers, slots, 1) if config.per_slot else (layers, 1)
+            self.value = nn.Parameter(torch.empty(shape))
+
+    def initial_distributions(self) -> dict[str, Distribution]:
+        stated: dict[str, Distribution] = {"value": Constant(self.config.init)}
+        if self.config.bias_init is not None:
+            stated["linear.bias"] = Constant(self.config.bias_init)
+        return stated
+
+    def forward(self, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = torch.promote_types(old.dtype, torch.float32)
+        old, new = old.to(dtype), new.to(dtype)
+        z = self._logit(old, new)
+        if self.config.activation == "sigmoid":
+            share = z.sigmoid()
+            return torch.lerp(old, new, share), share
+        change = z.tanh()
+        return torch.addcmul(old + new, change, new - old), change
+
+    def _logit(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """z, [L, B, S, 1] or broadcastable to it."""
+        dtype = old.dtype
+        if self.linear is not None:
+            z: torch.Tensor = self.linear(self._status(old, new), dtype)
+            return z.unsqueeze(-1)
+        assert self.value is not None
+        value = self.value.to(dtype)
+        value = value[:, None] if self.config.per_slot else value[:, None, None]
+        if self.config.type == "static":
+            return value
+        over = -1 if self.config.per_slot else (-2, -1)
+        return value * (old.mean(over, keepdim=True) + new.mean(over, keepdim=True))
+
+    def _status(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """What a linear gate sees of each slot, [L, B, S]."""
+        if self.status is None:
+            return old.mean(-1) + new.mean(-1)
+        both = old + new
+        projected: torch.Tensor = self.status(both.flatten(1, 2), both.dtype)
+        return projected.view(both.shape[:-1])
+
+
+def mix(
+    gate: MemoryGate | None, old: torch.Tensor, new: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(mixture, gate value) of ``gate``; without one ``old + new`` in the dtype of ``old``, and None."""
+    if gate is None:
+        return old + new.to(old.dtype), None
+    mixture, value = gate(old, new)
+    return mixture, value

@@ -1,0 +1,180 @@
+"""Start the training program on several ranks, the way launchers start it.
+
+:func:`start_ranks` forks the ranks from a server process that has torch and DeepSpeed loaded already, so
+that a run costs its own seconds only; each rank runs ``launch/train.py`` as ``__main__`` with the variables
+that torchrun and srun set. :func:`deepspeed` and :func:`shell` start it from the shell, as a user does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+PROGRAM = REPOSITORY / "launch" / "train.py"
+TIMEOUT_SECONDS = 180.0
+_GRACE_SECONDS = 20.0  # for the other ranks when one has failed, as launchers end them too
+_SHOWN_CHARACTERS = 6000
+_PRELOADED = [
+    "torch",
+    "torch._inductor.compile_fx",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "rxt_dist.train.run",
+    "rxt_dist.train.trainer",
+]
+
+_server = multiprocessing.get_context("forkserver")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: the exit code of every process (negative: the signal), and all they printed."""
+
+    codes: list[int]
+    output: str
+
+    def check(self) -> Self:
+        """Fail the test unless every process ended well."""
+        assert set(self.codes) == {0}, f"exit codes {self.codes}\n{self.output[-_SHOWN_CHARACTERS:]}"
+        return self
+
+
+class Ranks:
+    """A started run; as a context manager it leaves no process behind."""
+
+    def __init__(self, processes: list[ForkServerProcess], log: Path) -> None:
+        self._processes = processes
+        self._log = log
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def alive(self) -> bool:
+        return any(process.is_alive() for process in self._processes)
+
+    def kill(self) -> None:
+        """End every rank at once and without warning, as a power failure does."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+    def wait(self, timeout: float = TIMEOUT_SECONDS) -> Result:
+        """Wait for the end. Ranks that hang, or go on long after another has failed, are killed."""
+        deadline = time.monotonic() + timeout
+        failed = False
+        while self.alive() and time.monotonic() < deadline:
+            if not failed and any(process.exitcode for process in self._processes):
+                failed = True
+                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+            time.sleep(0.02)
+        self.kill()
+        return Result([int(process.exitcode or 0) for process in self._processes], self.output)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment() -> dict[str, str]:
+    """Variables of a run on the CPU, started from the repository by the interpreter of the tests."""
+    distributed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    values = {name: value for name, value in os.environ.items() if name not in distributed}
+    values |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    values["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{values.get('PATH', '')}"
+    return values
+
+
+def start_ranks(count: int, arguments: list[str], folder: Path, *, launcher: bool = True) -> Ranks:
+    """Start ``count`` ranks in the working folder ``folder``; see the module's description.
+
+    Without ``launcher`` the variables of a launcher are not set: a single process is a world of one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"log-{time.monotonic_ns()}.txt"
+    log.touch()
+    shared = environment() | {"MASTER_PORT": str(free_port())}
+    if launcher:
+        shared |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    own = dict(os.environ)
+    _server.set_forkserver_preload(_PRELOADED)
+    processes = []
+    try:
+        os.environ.update(environment())  # the server inherits it when it starts, with the first run
+        for rank in range(count):
+            variables = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if launcher else {})
+            process = _server.Process(target=_run_program, args=(arguments, variables, folder, log))
+            process.start()
+            processes.append(process)
+    finally:
+        os.environ.clear()
+        os.environ.update(own)
+    return Ranks(processes, log)
+
+
+def run_ranks(count: int, arguments: list[str], folder: Path, *, launcher: bool = True) -> Result:
+    """Run the program on ``count`` ranks to its end."""
+    with start_ranks(count, arguments, folder, launcher=launcher) as ranks:
+        return ranks.wait()
+
+
+def _run_program(arguments: list[str], variables: Mapping[str, str], folder: Path, log: Path) -> None:
+    """What a forked rank does instead of ``python launch/train.py ARGUMENTS``."""
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    stream = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    sys.argv = [str(PROGRAM), *arguments]
+    runpy.run_path(str(PROGRAM), run_name="__main__")
+
+
+def deepspeed(count: int, arguments: list[str], folder: Path, timeout: float = TIMEOUT_SECONDS) -> Result:
+    """Run the program on ``count`` ranks under the deepspeed launcher."""
+    launcher = ["deepspeed", "--num_gpus", str(count), "--master_port", str(free_port()), str(PROGRAM)]
+    return shell([*launcher, *arguments], folder, timeout)
+
+
+def shell(command: list[str], folder: Path, timeout: float = TIMEOUT_SECONDS) -> Result:
+    """Run a command to its end; it is killed with its children after ``timeout`` seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+    return Result([process.returncode], output.decode(errors="replace"))

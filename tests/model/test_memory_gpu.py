@@ -1,0 +1,58 @@
+"""Memory attention on a CUDA device in bf16, against fp32 on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from memory_samples import LAYERS, NORMS, SLOTS, VARIANTS, WIDTH, memory_config, network
+
+from rxt_dist.kernels.attention import set_attention_backend
+from rxt_dist.model import SequenceLayout
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+LENGTHS = [300, 1, 70, 128]
+
+
+@pytest.fixture(autouse=True)
+def _backend() -> Iterator[None]:
+    set_attention_backend("auto", torch.device("cuda"), torch.bfloat16)
+    yield
+    set_attention_backend("sdpa", torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bf16_on_cuda_is_near_fp32_and_never_waits_for_the_device(variant: str, norm: str) -> None:
+    config = memory_config(variant, norm=norm, heads=2)
+    generator = torch.Generator().manual_seed(0)
+    stm = torch.randn(LAYERS, len(LENGTHS), SLOTS, WIDTH, generator=generator)
+    encoded = torch.randn(LAYERS, sum(LENGTHS), WIDTH, generator=generator)
+    present = torch.tensor([True, True, False, True])
+    layout = SequenceLayout.from_lengths(LENGTHS)
+    half = network(config).to("cuda", torch.bfloat16)
+    on_device = stm.cuda().requires_grad_()
+    device_encoded, device_present = encoded.cuda().bfloat16().requires_grad_(), present.cuda()
+    device_layout = layout.to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for training in (True, False):
+            half.train(training)
+            after = half(on_device, device_encoded, device_layout, device_present)
+            after.square().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    set_attention_backend("sdpa", torch.device("cpu"), torch.float32)
+    exact = network(config)
+    exact.load_state_dict({name: value.float().cpu() for name, value in half.state_dict().items()})
+    expected = exact(stm, encoded, layout, present)
+    assert after.dtype == torch.float32
+    assert (after.cpu() - expected).abs().max() < 0.03 * expected.abs().max()
+    assert torch.equal(after[:, 2].cpu(), stm[:, 2])
+    for name, parameter in half.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
