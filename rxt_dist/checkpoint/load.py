@@ -94,26 +94,35 @@ class CheckpointReader:
         Returns the canonical names the checkpoint lacks (only with ``allow_missing``). Raises
         :class:`CheckpointError` naming a tensor that is missing or has another shape.
         """
+        missing = self.check_shapes(model)
+        if missing and not allow_missing:
+            raise CheckpointError(f"{self.path}: the checkpoint has no tensor {missing[0]}")
         wanted: dict[str, Fragment] = {}
-        missing = []
         parameters = dict(model.named_parameters())
         for name, parts in canonical_parts(model).items():
             flat = parameters[name].data.view(-1)
             for part in parts:
-                stored = self.state.tensor_shapes.get(part.name)
-                if stored is None:
-                    missing.append(part.name)
-                elif tuple(stored) != part.shape:
-                    raise CheckpointError(
-                        f"{self.path}: tensor {part.name} has shape {list(stored)}; this model needs "
-                        f"{list(part.shape)}"
-                    )
-                else:
+                if part.name in self.state.tensor_shapes:
                     values = flat[part.start : part.start + part.numel]
                     wanted[f"weight.{part.name}"] = Fragment(part.numel, 0, values)
-        if missing and not allow_missing:
-            raise CheckpointError(f"{self.path}: the checkpoint has no tensor {missing[0]}")
         self._read(wanted)
+        return missing
+
+    def check_shapes(self, model: torch.nn.Module) -> list[str]:
+        """Canonical names of ``model`` (on any device) that the checkpoint lacks.
+
+        Raises :class:`CheckpointError` naming a tensor that has another shape.
+        """
+        missing = []
+        for part in (part for parts in canonical_parts(model).values() for part in parts):
+            stored = self.state.tensor_shapes.get(part.name)
+            if stored is None:
+                missing.append(part.name)
+            elif tuple(stored) != part.shape:
+                raise CheckpointError(
+                    f"{self.path}: tensor {part.name} has shape {list(stored)}; this model needs "
+                    f"{list(part.shape)}"
+                )
         return missing
 
     def load_fragments(self, fragments: Mapping[str, Fragment]) -> None:

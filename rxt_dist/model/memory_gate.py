@@ -71,23 +71,29 @@ class MemoryGate(Stacked):
         value = value[:, None] if self.config.per_slot else value[:, None, None]
         if self.config.type == "static":
             return value
-        over = -1 if self.config.per_slot else (-2, -1)
-        return value * (old.mean(over, keepdim=True) + new.mean(over, keepdim=True))
+        status = _channel_mean(old, new)
+        return value * (status if self.config.per_slot else status.mean(-1, keepdim=True)).unsqueeze(-1)
 
     def _status(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """What a linear gate sees of each slot, [L, B, S]."""
         if self.status is None:
-            return old.mean(-1) + new.mean(-1)
+            return _channel_mean(old, new)
         both = old + new
         projected: torch.Tensor = self.status(both.flatten(1, 2), both.dtype)
         return projected.view(both.shape[:-1])
 
 
+def _channel_mean(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Mean over D of ``old + new``, [L, B, S]."""
+    # The backward of a sum is an expanded view; that of a mean writes a tensor of the input's size.
+    return (old.sum(-1) + new.sum(-1)) / old.shape[-1]
+
+
 def mix(
     gate: MemoryGate | None, old: torch.Tensor, new: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(mixture, gate value) of ``gate``; without one ``old + new`` in the dtype of ``old``, and None."""
+    """(mixture, gate value) of ``gate``; without one ``old + new`` and None."""
     if gate is None:
-        return old + new.to(old.dtype), None
+        return old + new, None
     mixture, value = gate(old, new)
     return mixture, value

@@ -100,9 +100,9 @@ class MixedNorm(Stacked):
             mean = mean.mean(dim=1)
         if mean.shape[0] != ema.shape[0]:
             mean = mean.mean(dim=0, keepdim=True)
-        kept = torch.where(count > 0, self.decay, 1.0)
+        step = (1.0 - self.decay) * (count > 0)
         with torch.no_grad():
-            ema.copy_(kept * ema + (1.0 - kept) * mean)
+            ema.copy_(ema + step * (mean - ema))
 
 
 def _over_lanes(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

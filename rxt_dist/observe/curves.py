@@ -18,11 +18,13 @@ _DOTS_PER_INCH = 110
 Record = dict[str, Any]
 
 
-def plot_curves(run_dir: Path) -> Path:
+def plot_curves(run_dir: Path, memory: Record | None = None) -> Path:
     """Draw ``run_dir/curves.png``: one panel a stage, its losses over steps, and the evaluations as dots.
 
     Reads ``metrics.jsonl`` and, if it exists, ``eval.jsonl``. Each record names its ``"stage"``; its
-    losses are the numbers under the keys ``"loss"`` and ``"..._loss"``.
+    losses are the numbers under the keys ``"loss"`` and ``"..._loss"``. A last panel shows recall by
+    distance with each memory: of ``memory`` (the ``"memory"`` of an evaluation), or of the newest
+    evaluation that has marked tokens.
 
     Returns:
         The path of the picture; an earlier one is replaced.
@@ -39,13 +41,19 @@ def plot_curves(run_dir: Path) -> Path:
         raise DataError(
             f"{run_dir / METRICS_FILE}: no record of a training step with a loss, nothing to draw"
         )
+    memory = memory or next(
+        (r["memory"] for r in reversed(evaluations) if _has_recall(r.get("memory"))), None
+    )
     figure_class, agg_canvas = _matplotlib()
-    figure = figure_class(figsize=(_WIDTH_PER_STAGE * len(stages), _HEIGHT), layout="constrained")
+    count = len(stages) + (1 if _has_recall(memory) else 0)
+    figure = figure_class(figsize=(_WIDTH_PER_STAGE * count, _HEIGHT), layout="constrained")
     # A canvas of its own instead of pyplot: no global state, and no display is ever looked for.
     canvas = agg_canvas(figure)
-    panels = figure.subplots(1, len(stages), squeeze=False)[0]
-    for panel, stage in zip(panels, stages, strict=True):
+    panels = figure.subplots(1, count, squeeze=False)[0]
+    for panel, stage in zip(panels, stages, strict=False):
         _draw_stage(panel, stage, metrics, evaluations)
+    if memory is not None and count > len(stages):
+        _draw_recall(panels[-1], memory)
     path = run_dir / CURVES_FILE
     canvas.print_figure(path, dpi=_DOTS_PER_INCH)
     return path
@@ -67,6 +75,25 @@ def _draw_stage(panel: Any, stage: str, metrics: Sequence[Record], evaluations: 
     panel.set_ylabel("loss")
     panel.grid(visible=True, alpha=0.3)
     panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def _has_recall(memory: Record | None) -> bool:
+    return memory is not None and any(kind["recall_by_distance"] for kind in memory.values())
+
+
+def _draw_recall(panel: Any, memory: Record) -> None:
+    """Share of marked tokens answered correctly, by distance, with each memory."""
+    for name, kind in memory.items():
+        pairs = {int(distance): pair for distance, pair in kind["recall_by_distance"].items()}
+        distances = sorted(pairs)
+        shares = [pairs[d][0] / pairs[d][1] for d in distances]
+        panel.plot(distances, shares, marker="o", label=f"{name} memory")
+    panel.set_title("recall")
+    panel.set_xlabel("distance in interactions")
+    panel.set_ylabel("marked tokens answered correctly")
+    panel.set_ylim(0.0, 1.0)
+    panel.grid(visible=True, alpha=0.3)
+    panel.legend(frameon=False)
 
 
 def _series(records: Iterable[Record]) -> dict[str, tuple[list[int], list[float]]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from rxt_dist.config import RunConfig, SpecialTokens, StageConfig
 from rxt_dist.data.loader import evaluation_batches
 from rxt_dist.data.pieces import InteractionPieces, PieceSource
 from rxt_dist.parallel.bootstrap import World
+from rxt_dist.parallel.collectives import sum_over_ranks
 from rxt_dist.randomness import derive_key
 from rxt_dist.stages import Pieces, StageModule, TextStageModule
 from rxt_dist.stages.lane_stage import LaneStageModule
@@ -85,7 +85,7 @@ def evaluate_text(
             sums[row, 1] += counts[terms[name].count]
         tokens += counts["tokens"]
     packed = torch.cat([sums.flatten(), tokens.view(1)])
-    dist.all_reduce(packed)
+    sum_over_ranks(packed)
     values = packed.tolist()
     means = {
         name: values[2 * row] / max(1.0, values[2 * row + 1]) for row, name in enumerate(module.metric_names)

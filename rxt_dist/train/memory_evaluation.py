@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from rxt_dist.config import RunConfig, SpecialTokens
@@ -23,6 +22,7 @@ from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch, read_intera
 from rxt_dist.data.order import Int64Array
 from rxt_dist.data.pieces import InteractionPieces
 from rxt_dist.parallel.bootstrap import World
+from rxt_dist.parallel.collectives import sum_over_ranks
 from rxt_dist.randomness import derive_key
 from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK
 from rxt_dist.stages.lane_stage import LaneStageModule
@@ -62,8 +62,8 @@ def evaluate_memory(
                 elif row == 0:
                     first += scores[:_RECALL]
             stm = module.write(stm, at)
-    dist.all_reduce(sums)
-    dist.all_reduce(first)
+    sum_over_ranks(sums)
+    sum_over_ranks(first)
     return _report(sums.tolist(), first.tolist())
 
 
@@ -84,7 +84,7 @@ def evaluate_updates(
             for row, name in enumerate(names):
                 sums[row, 0] += terms[name].total.double()
                 sums[row, 1] += counts[terms[name].count]
-    dist.all_reduce(sums)
+    sum_over_ranks(sums)
     means = {name: total / max(1.0, count) for name, (total, count) in zip(names, sums.tolist(), strict=True)}
     loss = sum(module.weights[name] * mean for name, mean in means.items())
     return {"loss": loss, **means}

@@ -14,18 +14,20 @@ import torch
 import torch.distributed as dist
 
 from rxt_dist.checkpoint import CheckpointReader, find_checkpoint
-from rxt_dist.config import RunConfig, check_world_size, load_config, resolve_dataset
-from rxt_dist.config.run import STAGE_DATA, DataKind
-from rxt_dist.data.manifest import Manifest, load_manifest
+from rxt_dist.config import RunConfig, check_world_size, load_config
 from rxt_dist.data.tokens import TOKENIZER_FILE, load_tokenizer
 from rxt_dist.errors import USER_ERROR_EXIT_CODE, ConfigError, RxtError
 from rxt_dist.kernels.attention import set_attention_backend
+from rxt_dist.model import RxTModel
+from rxt_dist.model import RxTModel
 from rxt_dist.observe.logging import setup_logging
 from rxt_dist.observe.metrics import TrainState
 from rxt_dist.observe.metrics_file import EVALUATION_FILE, METRICS_FILE, truncate_after
 from rxt_dist.parallel.bootstrap import World, start_process_group, world_from_environment
 from rxt_dist.train.callbacks import Callback, CallbackList, MetricsLog, ProgressBar, PrometheusCallback
-from rxt_dist.train.run_dir import CONFIG_FILE, check_continuation, create_run_dir
+from rxt_dist.train.datasets import open_datasets, resolve
+from rxt_dist.train.evaluate_checkpoint import locate_checkpoint
+from rxt_dist.train.run_dir import CONFIG_FILE, check_continuation, create_run_dir, write_config
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +93,8 @@ def _run(arguments: argparse.Namespace, world: World) -> None:
     check_world_size(config, world.size)
     if arguments.resume and arguments.init_from is not None:
         raise ConfigError("--resume and --init-from exclude each other: a resumed run has its own weights")
-    manifests = _open_datasets(config)
-    config = _resolve(config, manifests)
+    manifests = open_datasets(config)
+    config = resolve(config, manifests)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     set_attention_backend(config.runtime.attention_backend, world.device, dtype)
     tokenizer_folder = next(iter(manifests.values()))[0] / "tokenizer"
@@ -121,33 +123,11 @@ def _train(config: RunConfig, world: World, tokenizer: Path, weights: Path | Non
         listeners.close()
 
 
-def _open_datasets(config: RunConfig) -> dict[DataKind, tuple[Path, Manifest]]:
-    """The manifests of the datasets that the stages read, by field of ``data``."""
-    manifests: dict[DataKind, tuple[Path, Manifest]] = {}
-    for stage in config.stages:
-        kind = STAGE_DATA[stage.name]
-        folder = getattr(config.data, kind)
-        if kind not in manifests:
-            manifest = load_manifest(folder)
-            if manifest.kind != kind:
-                raise ConfigError(f"data.{kind}: {folder} is a dataset of {manifest.kind}, expected {kind}")
-            manifests[kind] = (folder, manifest)
-    return manifests
-
-
-def _resolve(config: RunConfig, manifests: dict[DataKind, tuple[Path, Manifest]]) -> RunConfig:
-    first = next(iter(manifests.values()))[1]
-    hashes = {kind: manifest.tokenizer_sha256 for kind, (_, manifest) in manifests.items()}
-    return resolve_dataset(
-        config, vocab_size=first.vocab_size, special_ids=first.special_tokens, tokenizer_sha256=hashes
-    )
-
-
 def _prepare(arguments: argparse.Namespace, config: RunConfig, tokenizer: Path) -> Path | None:
     """On rank 0: make or check the run folder; returns the checkpoint to start from, verified."""
     run_dir = config.runtime.run_dir
     if not arguments.resume:
-        start = None if arguments.init_from is None else _initial_checkpoint(arguments.init_from)
+        start = None if arguments.init_from is None else _initial_checkpoint(arguments.init_from, config)
         create_run_dir(config, tokenizer)
         return start
     if not (run_dir / CONFIG_FILE).is_file():
@@ -157,6 +137,7 @@ def _prepare(arguments: argparse.Namespace, config: RunConfig, tokenizer: Path) 
     checkpoint = find_checkpoint(run_dir)
     state = None if checkpoint is None else CheckpointReader(checkpoint, verified=True).state
     check_continuation(config, None if state is None else state.stage_index)
+    write_config(config)
     step = 0 if state is None else state.step
     logger.info("resuming %s from step %d", run_dir, step)
     for name in (METRICS_FILE, EVALUATION_FILE):
@@ -164,10 +145,21 @@ def _prepare(arguments: argparse.Namespace, config: RunConfig, tokenizer: Path) 
     return checkpoint
 
 
-def _initial_checkpoint(path: Path) -> Path:
-    """A checkpoint folder as given, or the newest one of a run folder; its hashes are checked."""
+def _initial_checkpoint(path: Path, config: RunConfig) -> Path:
+    """The checkpoint that ``--init-from`` names, verified and with tensors of this model's shapes."""
+    reader = CheckpointReader(locate_checkpoint(path))
+    with torch.device("meta"):
+        reader.check_shapes(RxTModel(config.model))
+    return reader.path
+
+
+def _initial_checkpoint(path: Path, config: RunConfig) -> Path:
+    """A checkpoint folder as given, or the newest one of a run folder; its hashes and shapes are checked."""
     found = find_checkpoint(path) if (path / "checkpoints").is_dir() else path
-    return CheckpointReader(found or path).path
+    reader = CheckpointReader(found or path)
+    with torch.device("meta"):
+        reader.check_shapes(RxTModel(config.model))
+    return reader.path
 
 
 def _on_main(world: World, action: Callable[[], T]) -> T:

@@ -24,21 +24,34 @@ TOKENIZER = TOKENIZER_FILE
 # weights or their meaning. Everything else (mesh, ZeRO, logging, checkpoints) may change.
 _FIXED_SECTIONS = ("seed", "model", "precision")
 _FIXED_BATCH_FIELDS = ("packs", "pack_tokens")
+_FIXED_LANE_FIELDS = ("lanes", "window")  # once a stage with lanes has begun
 
 
 def create_run_dir(config: RunConfig, tokenizer: Path) -> None:
     """Make the folder of a new run, with its configuration and tokenizer.
 
-    Raises :class:`ConfigError` when it holds anything already: results are never overwritten.
+    Raises :class:`ConfigError` when it holds anything already, as results are never overwritten, and when
+    it cannot be made.
     """
     folder = config.runtime.run_dir
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
             f"runtime.run_dir: {folder} is not empty; choose another folder or continue the run with --resume"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    save_resolved(config, folder / CONFIG_FILE)
-    shutil.copyfile(tokenizer, folder / TOKENIZER)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        write_config(config)
+    except OSError as error:
+        raise ConfigError(f"runtime.run_dir: {folder} cannot be made: {error.strerror}") from error
+
+
+def write_config(config: RunConfig) -> None:
+    """Record ``config`` in its run folder, whole or not at all."""
+    file = config.runtime.run_dir / CONFIG_FILE
+    temporary = file.with_name(f"{CONFIG_FILE}.tmp")
+    save_resolved(config, temporary)
+    temporary.replace(file)
 
 
 def check_continuation(config: RunConfig, stage_index: int | None) -> None:
@@ -63,6 +76,11 @@ def check_continuation(config: RunConfig, stage_index: int | None) -> None:
         raise ConfigError(
             f"stages: the run stands in stage {stage_index}, this configuration has {len(config.stages)}"
         )
+    if any(stage.uses_lanes for stage in saved.stages[:begun]):
+        pairs += [
+            (f"batch.{name}", getattr(saved.batch, name), getattr(config.batch, name))
+            for name in _FIXED_LANE_FIELDS
+        ]
     pairs += [(f"stages.{i}", saved.stages[i], config.stages[i]) for i in range(begun)]
     for field, before, now in pairs:
         difference = _first_difference(field, _plain(before), _plain(now))
@@ -81,7 +99,7 @@ def _first_difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any] 
     if before == now:
         return None
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in before.keys() | now.keys():
+        for key in dict.fromkeys([*before, *now]):
             found = _first_difference(f"{name}.{key}", before.get(key), now.get(key))
             if found is not None:
                 return found

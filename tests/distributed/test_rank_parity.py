@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,9 @@ def test_every_step_is_the_same_on_every_mesh(runs: dict[str, Path], mesh: str) 
 def test_evaluations_are_the_same_on_every_mesh(runs: dict[str, Path], mesh: str) -> None:
     ours, theirs = untimed(evaluations(runs[mesh])), untimed(evaluations(runs[REFERENCE]))
     for own, reference in zip(ours, theirs, strict=True):
-        prompts = [[sample["prompt"] for sample in record.pop("samples")] for record in (own, reference)]
+        # Greedy continuations may part where two logits are equal up to rounding; prompts may not.
+        samples = [record.pop("samples", []) for record in (own, reference)]
+        prompts = [[sample["prompt"] for sample in found] for found in samples]
         assert prompts[0] == prompts[1]
         assert_close(own, reference)
 
@@ -127,7 +130,7 @@ def test_there_is_one_complete_record_a_step(runs: dict[str, Path], config: RunC
             assert all(math.isfinite(record[key]) for key in record if key != "stage")
             assert record["step_seconds"] > 0
             assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["step_seconds"])
-        for before, after in zip(records, records[1:], strict=False):
+        for before, after in pairwise(records):
             assert after["total_tokens"] == before["total_tokens"] + after["tokens"]
 
 

@@ -210,6 +210,11 @@ def test_resume_and_initial_weights_exclude_each_other(start: Start, finished: P
     assert not (tmp_path / "work" / "run").exists()
 
 
+def test_a_run_folder_that_cannot_be_made_is_refused(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_refused(start({"runtime.run_dir": tmp_path / "file" / "run"}), "runtime.run_dir", "file/run")
+
+
 def test_every_rank_reports_the_same_mistake(start: Start, finished: Path, tmp_path: Path) -> None:
     """One that only rank 0 can see reaches the other ranks, so that none of them hangs."""
     shutil.copytree(finished, tmp_path / "work" / "run")

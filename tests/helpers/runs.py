@@ -84,7 +84,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():  # that it reads without a process group, as asked
         warnings.simplefilter("ignore")
         load(flat, storage_reader=reader, no_dist=True)
-    return {key: values.view(shapes[key.partition(".")[2]]) for key, values in flat.items()}
+    return {key: values.view(shapes.get(key.partition(".")[2], -1)) for key, values in flat.items()}
 
 
 def tree(folder: Path) -> dict[str, bytes]:

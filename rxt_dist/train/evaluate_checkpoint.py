@@ -1,0 +1,77 @@
+"""Evaluate a finished or interrupted run by itself, on its own or on other held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rxt_dist.checkpoint import CheckpointReader, find_checkpoint
+from rxt_dist.config import RunConfig, StageConfig, load_config
+from rxt_dist.config.run import STAGE_DATA
+from rxt_dist.data.manifest import Split
+from rxt_dist.data.tokens import load_tokenizer, tokenizer_sha256
+from rxt_dist.errors import CheckpointError, ConfigError
+from rxt_dist.kernels.attention import set_attention_backend
+from rxt_dist.model import build_model
+from rxt_dist.parallel.bootstrap import world_from_environment
+from rxt_dist.stages import build_stage, open_pieces
+from rxt_dist.train.datasets import open_datasets
+from rxt_dist.train.evaluation import evaluate_stage
+from rxt_dist.train.run_dir import CONFIG_FILE
+
+
+def locate_checkpoint(path: Path) -> Path:
+    """A checkpoint folder as given, or the newest sound one of a run folder.
+
+    Raises :class:`CheckpointError` when there is none.
+    """
+    found = find_checkpoint(path) if (path / "checkpoints").is_dir() else path
+    if found is None:
+        raise CheckpointError(f"{path / 'checkpoints'} holds no checkpoint")
+    return found
+
+
+def evaluate_checkpoint(
+    path: Path, overrides: Sequence[str] = (), *, split: Split = "val", stage_name: str | None = None
+) -> dict[str, Any]:
+    """Evaluate the weights of ``path`` (a run or checkpoint folder) in this process.
+
+    ``overrides`` change the run's configuration, for example ``data.conversations=DIR``; ``stage_name``
+    chooses the stage whose evaluation is made, by default the one the checkpoint stands in. Returns what
+    ``eval.jsonl`` holds of an evaluation. Raises ConfigError, DataError or CheckpointError.
+    """
+    reader = CheckpointReader(locate_checkpoint(path))
+    config = load_config(reader.path / CONFIG_FILE, overrides)
+    stage = _choose_stage(config, stage_name or reader.state.stage_name)
+    _check_tokenizer(config, stage, reader.path)
+    world = world_from_environment()
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    set_attention_backend(config.runtime.attention_backend, world.device, dtype)
+    model = build_model(config.model, config.seed)
+    reader.load_weights(model)
+    module = build_stage(model, config, stage).to(world.device, dtype)
+    source = open_pieces(config, stage, split)
+    results = evaluate_stage(module, source, config, stage, world, load_tokenizer(reader.path))
+    return {"step": reader.state.step, "stage": stage.name, "split": split, **results}
+
+
+def _choose_stage(config: RunConfig, name: str) -> StageConfig:
+    found = [stage for stage in config.stages if stage.name == name]
+    if not found:
+        valid = ", ".join(dict.fromkeys(stage.name for stage in config.stages))
+        raise ConfigError(f"--stage: found {name!r}; the stages of this run are: {valid}")
+    return found[-1]
+
+
+def _check_tokenizer(config: RunConfig, stage: StageConfig, checkpoint: Path) -> None:
+    """The evaluated dataset must have been tokenised as the run's were."""
+    manifests = open_datasets(config.model_copy(update={"stages": [stage]}))
+    folder, manifest = manifests[STAGE_DATA[stage.name]]
+    if manifest.tokenizer_sha256 != tokenizer_sha256(checkpoint):
+        raise ConfigError(
+            f"data.{STAGE_DATA[stage.name]}: {folder} was made with another tokenizer than the run's; "
+            f"shard it again with the tokenizer in {checkpoint}"
+        )
