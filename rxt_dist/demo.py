@@ -98,15 +98,15 @@ def _prepare_data(data: Path) -> None:
         shape = ["--profile", "recall", "--distance-weights", "linear"]
         _prepare(output / "conversations.jsonl", "synth", "--output", output, *shape, *numbers)
     tokenizer = data / "tokenizer"
-    inputs = ["--input", raw / "stories.jsonl", "--input", raw / "conversations.jsonl"]
+    inputs: list[object] = ["--input", raw / "stories.jsonl", "--input", raw / "conversations.jsonl"]
     size = ["--vocab-size", _VOCABULARY]
     _prepare(tokenizer / "tokenizer.json", "tokenizer", *inputs, *size, "--output", tokenizer)
-    for output, kind, source in (
+    for name, kind, source in (
         ("text", "text", raw / "stories.jsonl"),
         ("conversations", "conversations", raw / "conversations.jsonl"),
         ("held_out", "conversations", unseen / "conversations.jsonl"),
     ):
-        target = data / output
+        target = data / name
         arguments = [kind, "--input", source, "--tokenizer", tokenizer, "--output", target]
         _prepare(target / "manifest.json", "shard", *arguments)
 

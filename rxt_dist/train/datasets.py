@@ -16,9 +16,7 @@ Manifests = dict[DataKind, tuple[Path, Manifest]]
 def open_datasets(config: RunConfig) -> Manifests:
     """Folder and manifest of every dataset that the stages read, by field of ``data``.
 
-    Both splits are looked at: what is missing shows before the first stage trains, not when the last one
-    needs it. Raises :class:`DataError` when a dataset is missing, incomplete or has an empty split,
-    :class:`ConfigError` when it is of another kind.
+    Raises DataError when one is missing or incomplete, :class:`ConfigError` when it is of another kind.
     """
     manifests: Manifests = {}
     for stage in config.stages:
@@ -28,11 +26,19 @@ def open_datasets(config: RunConfig) -> Manifests:
             manifest = load_manifest(folder)
             if manifest.kind != kind:
                 raise ConfigError(f"data.{kind}: {folder} is a dataset of {manifest.kind}, expected {kind}")
-            for split in SPLITS:
-                if Dataset(folder, split).num_documents == 0:
-                    raise DataError(f"{folder} has nothing in its split {split}; a run needs train and val")
             manifests[kind] = (folder, manifest)
     return manifests
+
+
+def check_splits(manifests: Manifests) -> None:
+    """Look at both splits of every dataset, so that damage shows before the first stage trains.
+
+    Raises :class:`DataError` when an index or a shard is missing or damaged, or a split is empty.
+    """
+    for folder, _ in manifests.values():
+        for split in SPLITS:
+            if Dataset(folder, split).num_documents == 0:
+                raise DataError(f"{folder} has nothing in its split {split}; training needs train and val")
 
 
 def resolve(config: RunConfig, manifests: Manifests) -> RunConfig:

@@ -25,7 +25,7 @@ from rxt_dist.observe.metrics import TrainState
 from rxt_dist.observe.metrics_file import EVALUATION_FILE, METRICS_FILE, truncate_after
 from rxt_dist.parallel.bootstrap import World, start_process_group, world_from_environment
 from rxt_dist.train.callbacks import Callback, CallbackList, MetricsLog, ProgressBar, PrometheusCallback
-from rxt_dist.train.datasets import open_datasets, resolve
+from rxt_dist.train.datasets import check_splits, open_datasets, resolve
 from rxt_dist.train.evaluate_checkpoint import locate_checkpoint
 from rxt_dist.train.run_dir import CONFIG_FILE, check_continuation, create_run_dir, write_config
 
@@ -95,6 +95,7 @@ def _run(arguments: argparse.Namespace, world: World) -> None:
         raise ConfigError("--resume and --init-from exclude each other: a resumed run has its own weights")
     manifests = open_datasets(config)
     config = resolve(config, manifests)
+    check_splits(manifests)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     set_attention_backend(config.runtime.attention_backend, world.device, dtype)
     tokenizer_folder = next(iter(manifests.values()))[0] / "tokenizer"
@@ -148,15 +149,6 @@ def _prepare(arguments: argparse.Namespace, config: RunConfig, tokenizer: Path) 
 def _initial_checkpoint(path: Path, config: RunConfig) -> Path:
     """The checkpoint that ``--init-from`` names, verified and with tensors of this model's shapes."""
     reader = CheckpointReader(locate_checkpoint(path))
-    with torch.device("meta"):
-        reader.check_shapes(RxTModel(config.model))
-    return reader.path
-
-
-def _initial_checkpoint(path: Path, config: RunConfig) -> Path:
-    """A checkpoint folder as given, or the newest one of a run folder; its hashes and shapes are checked."""
-    found = find_checkpoint(path) if (path / "checkpoints").is_dir() else path
-    reader = CheckpointReader(found or path)
     with torch.device("meta"):
         reader.check_shapes(RxTModel(config.model))
     return reader.path
