@@ -19,7 +19,6 @@ from rxt_dist.data.tokens import TOKENIZER_FILE, load_tokenizer
 from rxt_dist.errors import USER_ERROR_EXIT_CODE, ConfigError, RxtError
 from rxt_dist.kernels.attention import set_attention_backend
 from rxt_dist.model import RxTModel
-from rxt_dist.model import RxTModel
 from rxt_dist.observe.logging import setup_logging
 from rxt_dist.observe.metrics import TrainState
 from rxt_dist.observe.metrics_file import EVALUATION_FILE, METRICS_FILE, truncate_after
