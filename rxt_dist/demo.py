@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from rxt_dist.config import load_config
 from rxt_dist.errors import RxtError, TrainingError
 from rxt_dist.observe.curves import plot_curves
 from rxt_dist.observe.metrics_file import EVALUATION_FILE, read_metrics
+from rxt_dist.parallel.bootstrap import free_port
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _train(data: Path, run_dir: Path) -> None:
         threads = max(1, (os.cpu_count() or 1) // ranks)
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    command += ["--master_port", str(_free_port()), str(script), "--config", RUN_FILE]
+    command += ["--master_port", str(free_port()), str(script), "--config", RUN_FILE]
     for setting in (
         f"data.text={data / 'text'}",
         f"data.conversations={data / 'conversations'}",
@@ -159,12 +159,6 @@ def _run(command: Sequence[str], environment: Any) -> None:
         raise RxtError(f"`{' '.join(command[1:5])} ...` refused its input, see above")
     if code != 0:
         raise TrainingError(f"`{' '.join(command[1:5])} ...` ended with exit code {code}, see above")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _stage_table(records: Iterable[dict[str, Any]]) -> list[str]:

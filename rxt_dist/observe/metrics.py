@@ -129,9 +129,6 @@ class TrainMetrics:
             "Unix time of the newest checkpoint made by this process; 0 before the first",
             registry=registry,
         )
-        self._checkpoint_failures = Counter(
-            "rxt_checkpoint_failures", "Checkpoints that could not be made", registry=registry
-        )
 
     def set_state(self, state: TrainState) -> None:
         """Publish what the process does now; entering ``TRAINING`` restarts the clock of stalled training."""
@@ -195,10 +192,6 @@ class TrainMetrics:
         self._checkpoint_step.set(step)
         self._save_seconds.observe(seconds)
         self._checkpoint_time.set(time.time())
-
-    def record_checkpoint_failure(self) -> None:
-        """Count a checkpoint that could not be made."""
-        self._checkpoint_failures.inc()
 
 
 def _build_facts() -> dict[str, str]:

@@ -32,9 +32,9 @@ def test_every_series_has_our_prefix_and_none_is_a_creation_time() -> None:
 
 def test_two_processes_worth_of_metrics_do_not_share_a_registry() -> None:
     first, second = TrainMetrics(), TrainMetrics()
-    first.record_checkpoint_failure()
-    assert value(first, "rxt_checkpoint_failures_total") == 1
-    assert value(second, "rxt_checkpoint_failures_total") == 0
+    first.record_start(7, checkpoint_interval=None)
+    assert value(first, "rxt_train_step") == 7
+    assert value(second, "rxt_train_step") == 0
 
 
 def test_a_step_is_published() -> None:
