@@ -47,10 +47,10 @@ lint: $(READY) ## ruff (rules and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) ## run every benchmark; each prints the numbers it measures
-	@set -e; for benchmark in benchmarks/*.py; do \
-	  echo "== $$benchmark"; $(BIN)/python "$$benchmark"; \
-	done
+bench: $(READY) ## measure the data path, monitoring and optimizer steps at small sizes (2 minutes)
+	$(BIN)/python -m benchmarks.data --tokens 2000000 --pieces 200000
+	$(BIN)/python -m benchmarks.observe_overhead
+	$(BIN)/python -m benchmarks.train_step --config tiny --steps 20 --warmup 5
 
 clean: ## remove the virtual environment, caches and built packages (runs and datasets stay)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
-from rxt_dist.data.manifest import fsync_folder
 from rxt_dist.errors import DataError
+from rxt_dist.files import fsync_folder
 
 
 class OutputFolder:

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from data_prep.inputs import check_inputs, read_chunks
 from data_prep.progress import progress_bar
 from data_prep.records import parse_chunk
-from rxt_dist.data.manifest import fsync_folder
 from rxt_dist.data.tokens import SPECIAL_TOKENS, TOKENIZER_FILE, UNK
 from rxt_dist.errors import DataError
+from rxt_dist.files import fsync_folder
 
 logger = logging.getLogger(__name__)
 

@@ -50,18 +50,19 @@ def verify_checkpoint(path: Path) -> list[str]:
     """Compare every file with the manifest; returns the problems found, empty when sound."""
     try:
         files = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        expected = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
     except FileNotFoundError:
         return [f"{MANIFEST_FILE} is missing"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST_FILE} is not readable"]
     problems = []
-    for name, expected in files.items():
+    for name, size, sha256 in expected:
         file = path / name
         if not file.is_file():
             problems.append(f"{name} is missing")
-        elif file.stat().st_size != expected["bytes"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
-        elif file_sha256(file) != expected["sha256"]:
+        elif file.stat().st_size != size:
+            problems.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        elif file_sha256(file) != sha256:
             problems.append(f"{name} has changed since it was written")
     return problems
 

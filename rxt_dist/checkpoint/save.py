@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from rxt_dist.checkpoint.fragments import Fragment, FragmentSavePlanner
 from rxt_dist.checkpoint.state import TrainerState
+from rxt_dist.files import fsync_folder, write_synced
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +64,20 @@ def save_checkpoint(
     temporary = final.with_name(final.name + ".tmp")
     main = dist.get_rank() == 0
     if main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in final.parent.glob("step-*.tmp"):
+            shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
     dist.barrier()
     writer = FileSystemWriter(temporary / TENSORS_FOLDER, sync_files=True)
-    save(dict(tensors), storage_writer=writer, planner=FragmentSavePlanner())
+    try:
+        save(dict(tensors), storage_writer=writer, planner=FragmentSavePlanner())
+    except CheckpointException as error:
+        raise _cause(error) from error
     hashes = _gather_hashes(temporary / TENSORS_FOLDER)
     if main:
-        _write_synced(temporary / STATE_FILE, json.dumps(state.to_dict(), indent=1))
+        write_synced(temporary / STATE_FILE, json.dumps(state.to_dict(), indent=1))
         for name, content in text_files.items():
-            _write_synced(temporary / name, content)
+            write_synced(temporary / name, content)
         for path in sorted(temporary.iterdir()):
             if path.is_file():
                 hashes[path.name] = file_sha256(path)
@@ -80,11 +85,18 @@ def save_checkpoint(
             name: {"sha256": value, "bytes": (temporary / name).stat().st_size}
             for name, value in hashes.items()
         }
-        _write_synced(temporary / MANIFEST_FILE, json.dumps({"files": files}, indent=1, sort_keys=True))
+        write_synced(temporary / MANIFEST_FILE, json.dumps({"files": files}, indent=1, sort_keys=True))
         _publish(temporary, final)
-        _remove_old(final.parent, keep_last)
+        _remove_old(final, keep_last)
     dist.barrier()
     return final
+
+
+def _cause(error: CheckpointException) -> OSError:
+    """What went wrong on the first of the ranks that failed; DCP's own exception hides from `except`."""
+    rank, (cause, _) = next(iter(error.failures.items()))
+    number = cause.errno if isinstance(cause, OSError) else None
+    return OSError(number, f"rank {rank} could not write the checkpoint: {cause}")
 
 
 def _gather_hashes(folder: Path) -> dict[str, str]:
@@ -100,41 +112,36 @@ def _gather_hashes(folder: Path) -> dict[str, str]:
     return {name: value for part in gathered for name, value in part.items()}
 
 
-def _write_synced(path: Path, content: str) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _publish(temporary: Path, final: Path) -> None:
-    _sync_folder(temporary / TENSORS_FOLDER)
-    _sync_folder(temporary)
+    fsync_folder(temporary / TENSORS_FOLDER)
+    fsync_folder(temporary)
     if final.exists():
         # Only a damaged checkpoint that a resume went behind can be in the way; it is replaced.
-        shutil.rmtree(final)
+        _remove(final, "replaced")
     temporary.rename(final)
     latest = final.parent / LATEST_FILE
-    _write_synced(latest.with_name(LATEST_FILE + ".tmp"), final.name + "\n")
+    write_synced(latest.with_name(LATEST_FILE + ".tmp"), final.name + "\n")
     latest.with_name(LATEST_FILE + ".tmp").replace(latest)
-    _sync_folder(final.parent)
+    fsync_folder(final.parent)
 
 
-def _remove_old(folder: Path, keep_last: int) -> None:
-    for path in list_checkpoints(folder)[keep_last:]:
-        logger.info("removing old checkpoint %s", path.name)
-        # Renamed first so that a half-removed folder is never taken for a checkpoint.
-        doomed = path.with_name(path.name + ".tmp")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+def _remove_old(newest: Path, keep_last: int) -> None:
+    """Remove all but ``keep_last`` checkpoints, counted from ``newest`` back.
+
+    Those of later steps go too: a resume went behind them because they are damaged.
+    """
+    found = list_checkpoints(newest.parent)
+    position = found.index(newest)
+    for path in (*found[:position], *found[position + keep_last :]):
+        logger.info("removing checkpoint %s", path.name)
+        _remove(path, "removed")
+
+
+def _remove(path: Path, reason: str) -> None:
+    # Renamed first so that a half-removed folder is never taken for a checkpoint.
+    doomed = path.with_name(f"{path.name}.{reason}.tmp")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

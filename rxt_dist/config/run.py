@@ -318,9 +318,8 @@ class RunConfig(Section):
         norm = self.model.memory_attention.norm
         if norm in ("adaptive", "positional") and any(stage.uses_lanes for stage in self.stages):
             valid = "its running means differ between ranks, so it can only be imported and run, not trained"
-            problems.append(
-                Problem("model.memory_attention.norm", f"found {norm}; {valid}; valid: classic_rms, rms, layer")
-            )
+            found = f"found {norm}; {valid}; valid: classic_rms, rms, layer"
+            problems.append(Problem("model.memory_attention.norm", found))
         for index, stage in enumerate(self.stages):
             warmup = stage_optimizer(self, stage).warmup_steps
             if warmup > stage.steps:

@@ -41,8 +41,9 @@ from rxt_dist.data.blocks import (
     parse_members,
     token_dtype,
 )
-from rxt_dist.data.manifest import Kind, ShardInfo, Split, fsync_folder
+from rxt_dist.data.manifest import Kind, ShardInfo, Split
 from rxt_dist.errors import DataError
+from rxt_dist.files import fsync_folder
 
 __all__ = [
     "BLOCK_DTYPE",

@@ -7,9 +7,7 @@ position, t supervised tokens of one position.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Self
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ from rxt_dist.data.batch import TensorRecord, piece_positions, supervised_rows
 from rxt_dist.data.lanes import BoolArray, LaneSchedule, LaneState, LaneWindow
 from rxt_dist.data.order import Int64Array
 from rxt_dist.data.pieces import InteractionPieces
-from rxt_dist.data.prefetch import Prefetcher
+from rxt_dist.data.prefetch import PrefetchedLoader
 from rxt_dist.errors import ConfigError
 from rxt_dist.model.layout import SequenceLayout
 from rxt_dist.randomness import derive_key, fold_in
@@ -82,7 +80,7 @@ class WindowStep:
     """Seconds that the training loop waited for this step's data."""
 
 
-class LaneLoader:
+class LaneLoader(PrefetchedLoader[WindowStep]):
     """Endless iterator over the windows of one rank.
 
     The run has ``lanes`` lanes; rank r owns lanes [r lanes/dp_size, (r+1) lanes/dp_size) and processes
@@ -138,31 +136,7 @@ class LaneLoader:
             pin_memory=pin_memory and torch.cuda.is_available(),
         )
         first = LaneState.initial(lanes) if state is None else state
-        self._prefetcher = Prefetcher(plan.steps(first), prefetch_steps)
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> WindowStep:
-        """The next step.
-
-        Raises:
-            DataError: a shard is missing or damaged, or the state does not fit the dataset and ``lanes``.
-        """
-        step, wait_seconds = self._prefetcher.get()
-        return replace(step, wait_seconds=wait_seconds)
-
-    def close(self) -> None:
-        """Stop the background thread; the loader cannot be used any more."""
-        self._prefetcher.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        super().__init__(plan.steps(first), prefetch_steps)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Self
+from dataclasses import dataclass, field
 
 import torch
 
 from rxt_dist.data.batch import MaskPlan, TextBatch, build_text_batch, count_pack
 from rxt_dist.data.order import PackCursor, PackStream, concatenate_packs, packs_in_index_order
 from rxt_dist.data.pieces import PieceSource
-from rxt_dist.data.prefetch import Prefetcher
+from rxt_dist.data.prefetch import PrefetchedLoader
 from rxt_dist.errors import ConfigError
 
 
@@ -31,7 +29,7 @@ class TextStep:
     """Seconds that the training loop waited for this step's data."""
 
 
-class TextLoader:
+class TextLoader(PrefetchedLoader[TextStep]):
     """Endless iterator over the steps of one rank.
 
     A global step is ``packs`` consecutive packs of the global order; rank r takes packs
@@ -80,27 +78,7 @@ class TextLoader:
             ],
             pin_memory=pin_memory and torch.cuda.is_available(),
         )
-        self._prefetcher = Prefetcher(plan.steps(cursor or PackCursor()), prefetch_steps)
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> TextStep:
-        """The next step. Raises DataError when a shard is missing or damaged."""
-        step, wait_seconds = self._prefetcher.get()
-        return replace(step, wait_seconds=wait_seconds)
-
-    def close(self) -> None:
-        """Stop the background thread; the loader cannot be used any more."""
-        self._prefetcher.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        super().__init__(plan.steps(cursor or PackCursor()), prefetch_steps)
 
 
 @dataclass(frozen=True)

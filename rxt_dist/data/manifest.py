@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rxt_dist.errors import DataError
+from rxt_dist.files import fsync_folder, write_synced
 
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -180,19 +180,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``folder/manifest.json`` atomically: temporary file, fsync, rename, fsync of the folder."""
     path = folder / MANIFEST_FILE
     temporary = folder / f".{MANIFEST_FILE}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(manifest.model_dump(), file, indent=2, sort_keys=True, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    content = json.dumps(manifest.model_dump(), indent=2, sort_keys=True, ensure_ascii=False)
+    write_synced(temporary, content + "\n")
     temporary.replace(path)
     fsync_folder(folder)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,9 +7,22 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from dataclasses import replace
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 ItemT = TypeVar("ItemT")
+
+
+class _Step(Protocol):
+    """A dataclass with the time its consumer waited for it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def wait_seconds(self) -> float: ...
+
+
+StepT = TypeVar("StepT", bound=_Step)
 
 _POLL_SECONDS = 0.02  # how soon a thread that waits for room notices that it is to stop
 
@@ -85,3 +98,35 @@ def _fill(items: Iterator[ItemT], target: queue.Queue[ItemT | _End], stop: threa
         put(_End(None))
     except BaseException as error:  # delivered to the consumer, which raises it
         put(_End(error))
+
+
+class PrefetchedLoader(Generic[StepT]):
+    """Endless iterator over the steps of one rank, which a thread builds ahead.
+
+    Call :meth:`close` (or use ``with``) when done.
+    """
+
+    def __init__(self, steps: Iterator[StepT], prefetch_steps: int) -> None:
+        self._prefetcher = Prefetcher(steps, prefetch_steps)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> StepT:
+        """The next step, with the seconds that the caller waited for it in its ``wait_seconds``.
+
+        Raises:
+            DataError: a shard is missing or damaged, or the state to start from does not fit.
+        """
+        step, wait_seconds = self._prefetcher.get()
+        return replace(step, wait_seconds=wait_seconds)
+
+    def close(self) -> None:
+        """Stop the background thread; the loader cannot be used any more."""
+        self._prefetcher.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -10,8 +10,6 @@ import torch
 from rxt_dist.config import ModelConfig
 from rxt_dist.randomness import fold_in_tensor, normal_tensor, uniform_tensor
 
-_DEFAULT_SCALE = 0.01  # of the `normal` and `uniform` distributions
-
 
 def draw_stm(config: ModelConfig, keys: torch.Tensor) -> torch.Tensor:
     """Initial memory of B conversations from their int64 keys [B]: fp32 [L, B, S, D].
@@ -23,11 +21,10 @@ def draw_stm(config: ModelConfig, keys: torch.Tensor) -> torch.Tensor:
     shape = (layers, keys.shape[0], slots, width)
     if init.distribution in ("zeros", "ones"):
         return torch.full(shape, float(init.distribution == "ones"), device=keys.device)
-    scale = _DEFAULT_SCALE if init.std is None else init.std
     rows = torch.arange(layers * slots, device=keys.device).view(layers, 1, slots)
     row_keys = fold_in_tensor(keys.view(1, -1, 1), rows)
     if init.distribution == "uniform":
         columns = torch.arange(width, device=keys.device)
-        return uniform_tensor(fold_in_tensor(row_keys.unsqueeze(-1), columns)) * scale
+        return uniform_tensor(fold_in_tensor(row_keys.unsqueeze(-1), columns)) * init.scale
     normal = normal_tensor(row_keys, width)
-    return normal if init.distribution == "standard" else normal * scale
+    return normal if init.distribution == "standard" else normal * init.scale

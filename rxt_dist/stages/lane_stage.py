@@ -53,9 +53,9 @@ class LaneStageModule(StageModule):
     def local_counts(self, batch: WindowBatch) -> dict[str, int]:
         positions = batch.positions
         return {
-            "tokens": sum(at.tokens.numel() for at in positions),
+            "tokens": sum(int(at.present[at.layout.sequence_ids].sum()) for at in positions),
             "answer": sum(at.next_index.numel() for at in positions),
-            "interactions": len(positions) * batch.lanes.numel(),
+            "interactions": sum(int(at.present.sum()) for at in positions),
         }
 
     @property

@@ -44,8 +44,8 @@ class MemoryAttentionModule(LaneStageModule):
         return self.encoder.parameters()
 
     def local_counts(self, batch: WindowBatch) -> dict[str, int]:
-        slots = sum(int(at.layout.cu_seqlens.diff().clamp(max=self.stm_size).sum()) for at in batch.positions)
-        return {**super().local_counts(batch), "slots": slots}
+        used = (at.layout.cu_seqlens.diff()[at.present].clamp(max=self.stm_size) for at in batch.positions)
+        return {**super().local_counts(batch), "slots": sum(int(slots.sum()) for slots in used)}
 
     def run(
         self, batch: WindowBatch, stm: torch.Tensor | None

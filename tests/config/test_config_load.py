@@ -11,7 +11,18 @@ from rxt_dist.config.yaml_text import dump_yaml, parse_yaml
 from rxt_dist.errors import ConfigError
 
 DATA = ["data.text=/data/text", "data.conversations=/data/conversations"]
-ALL_RUNS = ["alpha", "micro", "micro-decoder", "micro-encoder", "micro-encoder-sft", "mini-mlm", "tiny"]
+ALL_RUNS = [
+    "alpha",
+    "demo",
+    "micro",
+    "micro-chat",
+    "micro-decoder",
+    "micro-encoder",
+    "micro-encoder-sft",
+    "mini-mlm",
+    "tiny",
+]
+FOUR_STAGES = ["joint_lm", "interaction_sft", "memory_attention", "smat"]
 
 
 def write(path: Path, text: str) -> Path:
@@ -35,7 +46,7 @@ def test_every_packaged_run_loads(name: str) -> None:
     config = load_config(name, DATA)
     assert config.runtime.run_dir == Path("runs") / name
     assert config.data.text == Path("/data/text")
-    assert config.batch.packs % 8 == 0
+    assert config.batch.packs % 4 == 0
 
 
 @pytest.mark.parametrize("name", ALL_RUNS)
@@ -49,7 +60,7 @@ def test_tiny_is_small() -> None:
     config = load_config("tiny", DATA)
     assert config.precision == "fp32"
     assert config.optimizer.lr <= 1e-3
-    assert [stage.name for stage in config.stages] == ["joint_lm", "interaction_sft"]
+    assert [stage.name for stage in config.stages] == FOUR_STAGES
     assert all(8 <= stage.steps <= 12 for stage in config.stages)
     assert config.batch.packs * config.batch.pack_tokens <= 4096
     assert config.metrics.log_every_steps == 1
@@ -97,7 +108,8 @@ class TestData:
     def test_missing_datasets_name_the_field_and_the_stage(self) -> None:
         text = message("tiny", data=False)
         assert "\n  data.text: not set, but stage 0 (joint_lm) needs it; set it to a dataset folder" in text
-        assert "\n  data.conversations: not set, but stage 1 (interaction_sft) needs it;" in text
+        users = "stages 1 (interaction_sft), 2 (memory_attention), 3 (smat)"
+        assert f"\n  data.conversations: not set, but {users} need it;" in text
         assert "--set data.conversations=FOLDER" in text
 
     def test_only_what_a_stage_needs(self) -> None:
@@ -217,10 +229,10 @@ class TestOverrides:
             ("seed", "must be NAME=VALUE"),
             ("=3", "must be NAME=VALUE"),
             ("model..name=3", "must be NAME=VALUE"),
-            ("stages.2.steps=1", "stages.2: found index '2'; valid: 0 to 1"),
-            ("stages.-1.steps=1", "stages.-1: found index '-1'; valid: 0 to 1"),
-            ("stages.first.steps=1", "stages.first: found index 'first'; valid: 0 to 1"),
-            ("stages.7=1", "stages.7: found index '7'; valid: 0 to 1"),
+            ("stages.4.steps=1", "stages.4: found index '4'; valid: 0 to 3"),
+            ("stages.-1.steps=1", "stages.-1: found index '-1'; valid: 0 to 3"),
+            ("stages.first.steps=1", "stages.first: found index 'first'; valid: 0 to 3"),
+            ("stages.7=1", "stages.7: found index '7'; valid: 0 to 3"),
             ("optimizer.lr.peak=1", "optimizer.lr: found 0.001, which has no fields to set"),
             ("optimizer.lr.peak.x=1", "optimizer.lr: found 0.001, which has no fields to set"),
             ("seed=[1", "line 1: "),

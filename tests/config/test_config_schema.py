@@ -78,7 +78,7 @@ def test_overrides_cover_exactly_the_optimizer() -> None:
 
 def test_stage_optimizer_overrides_field_by_field() -> None:
     config = load_config("tiny", [*DATA, "stages.1.optimizer={lr: 5e-4, betas: [0.8, 0.9], warmup_steps: 0}"])
-    first, second = (stage_optimizer(config, stage) for stage in config.stages)
+    first, second, *_ = (stage_optimizer(config, stage) for stage in config.stages)
     assert first == config.optimizer
     assert (second.lr, second.betas, second.warmup_steps) == (5e-4, (0.8, 0.9), 0)
     assert second.weight_decay == config.optimizer.weight_decay
@@ -328,7 +328,8 @@ def test_both_losses_cannot_be_off(tiny: dict[str, Any]) -> None:
 
 def test_a_warmup_of_the_run_is_checked_for_each_stage(tiny: dict[str, Any]) -> None:
     tiny["optimizer"]["warmup_steps"] = 11
-    tiny["stages"][1] |= {"optimizer": {"warmup_steps": 0}}
+    for stage in tiny["stages"][1:]:
+        stage |= {"optimizer": {"warmup_steps": 0}}
     assert problems_of(tiny) == [
         "optimizer.warmup_steps: found 11; must not exceed the steps of stage 0 (joint_lm), valid: 0 to 10"
     ]

@@ -13,6 +13,7 @@ from rxt_dist.errors import ConfigError, DataError
 from rxt_dist.model.layout import SequenceLayout
 
 LANES, WINDOW, KEY = 8, 3, 17
+STM_SIZE = 6  # some interactions are longer
 PER_LANE = ("present", "reset", "visits", "numbers")
 
 
@@ -27,7 +28,7 @@ def source(tmp_path_factory):
 
 
 def loader(source, *, dp_rank=0, dp_size=1, micro_lanes=None, **options):
-    options = {"lanes": LANES, "window": WINDOW, "key": KEY} | options
+    options = {"lanes": LANES, "window": WINDOW, "key": KEY, "stm_size": STM_SIZE} | options
     micro_lanes = micro_lanes or options["lanes"] // dp_size
     return LaneLoader(
         source, dp_rank=dp_rank, dp_size=dp_size, micro_lanes=micro_lanes, pad_id=PAD, **options
@@ -148,6 +149,8 @@ def test_counts_are_what_the_batches_hold(source, dp_size):
             assert position_counts[w] == {
                 "tokens": sum(len(found["tokens"]) for found in column),
                 "answer": sum(len(found["targets"]) for found in column),
+                "slots": sum(min(len(found["tokens"]), STM_SIZE) for found in column),
+                "interactions": len(column),
                 "resets": sum(found["reset"] for found in column),
             }
         assert counts == {name: sum(c[name] for c in position_counts) for name in counts}
