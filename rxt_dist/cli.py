@@ -76,3 +76,7 @@ def _curves(arguments: argparse.Namespace) -> int:
 
     print(plot_curves(arguments.run_dir))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
