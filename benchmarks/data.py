@@ -13,7 +13,7 @@ import argparse
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +47,22 @@ def conversations(tokens: int, rng: np.random.Generator) -> list[ConversationTok
     ]
 
 
-def write_dataset(folder: Path, kind: Kind, items: list[np.ndarray] | list[ConversationTokens]) -> Path:
-    """Write ``items`` as the train split, in 8 shards."""
+def write_dataset(
+    folder: Path,
+    kind: Kind,
+    items: Sequence[np.ndarray | ConversationTokens],
+    *,
+    vocab_size: int = VOCAB,
+    special_tokens: Mapping[str, int] | None = None,
+) -> Path:
+    """Write ``items`` as the train split, in at most 8 shards, and return ``folder``."""
     (folder / "train").mkdir(parents=True)
     shards: list[ShardInfo] = []
+    dtype = token_dtype(vocab_size)
     size = -(-len(items) // 8)
-    for number in range(8):
+    for number in range(-(-len(items) // size)):
         path = folder / "train" / f"rxt-train-{number:06d}.tar"
-        with ShardWriter(path, kind, token_dtype(VOCAB), number) as writer:
+        with ShardWriter(path, kind, dtype, number) as writer:
             for item in items[number * size : (number + 1) * size]:
                 writer.add(item)
             shards.append(writer.close())
@@ -65,10 +73,10 @@ def write_dataset(folder: Path, kind: Kind, items: list[np.ndarray] | list[Conve
         dataset_id="benchmark",
         kind=kind,
         created_by="benchmarks.data",
-        dtype="uint16",
+        dtype="uint16" if dtype.itemsize == 2 else "uint32",
         byte_order="little",
-        vocab_size=VOCAB,
-        special_tokens={},
+        vocab_size=vocab_size,
+        special_tokens=dict(special_tokens or {}),
         tokenizer_sha256="0" * 64,
         val_fraction=0.0,
         source=[],
