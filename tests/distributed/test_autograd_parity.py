@@ -1,8 +1,4 @@
-"""A launched run against plain PyTorch: one process, one batch a step, autograd and torch.optim.AdamW.
-
-Nothing of the stage modules, the engine, the schedule or the checkpoint reader is used here; model and data
-are the only parts in common.
-"""
+"""A launched run against plain PyTorch: one process, one batch a step, autograd and torch.optim.AdamW."""
 
 from __future__ import annotations
 
@@ -11,22 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from helpers import naive
 from helpers.datasets import Datasets
 from helpers.launch import run_ranks
-from helpers.runs import SMALL, arguments, checkpoints, metrics, relative, tensors
+from helpers.runs import SMALL, arguments, checkpoints, evaluations, metrics, relative, tensors
 
-from rxt_dist.config import RunConfig, StageConfig, load_config
-from rxt_dist.data.batch import TextBatch
-from rxt_dist.data.loader import TextLoader
-from rxt_dist.data.pieces import InteractionPieces, TextPieces
-from rxt_dist.data.reader import Dataset
-from rxt_dist.model import Memory, RxTModel, build_model
-from rxt_dist.randomness import derive_key
+from rxt_dist.config import RunConfig, load_config
+from rxt_dist.model import RxTModel, build_model
 
-AUX_SCALE = 0.01
 BETAS, EPS, DECAY, CLIP, PEAK, WARMUP = (0.9, 0.98), 1e-7, 0.05, 0.7, 2e-3, 2
-NUMBERS = ("loss", "mlm_loss", "mlm_accuracy", "ar_loss", "ar_accuracy", "aux_loss", "grad_norm", "lr")
+MEANS = ("loss", "mlm_loss", "mlm_accuracy", "ar_loss", "ar_accuracy", "aux_loss")
 SETTINGS = SMALL | {
     "batch.micro_packs": 1,
     "optimizer.betas": list(BETAS),
@@ -49,30 +39,6 @@ def run(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def step_loss(model: RxTModel, batch: TextBatch, stage: StageConfig) -> dict[str, torch.Tensor]:
-    """Losses and accuracies of a whole step, with the stock functions of PyTorch."""
-    layers = model.encoder(batch.masked_tokens, batch.layout)
-    features = model.mlm_head(layers[-1])
-    mlm_logits = features @ model.mlm_head.weight.T + model.mlm_head.bias
-    memory = Memory.of_sequence(layers.detach(), batch.layout)
-    output = model.decoder(batch.tokens, batch.layout, memory)
-    ar_logits = output.hidden @ model.decoder.lm_head.weight.T + model.decoder.lm_head.bias
-    masked, rows = batch.masked_index, batch.next_index
-    targets = batch.tokens[rows + 1]
-    mlm_loss = F.cross_entropy(mlm_logits[masked], batch.tokens[masked])
-    ar_loss = F.cross_entropy(ar_logits[rows], targets)
-    aux_loss = output.aux_sum / batch.tokens.numel()
-    decoder_part = ar_loss + AUX_SCALE * aux_loss
-    return {
-        "loss": stage.encoder_loss_scale * mlm_loss + stage.decoder_loss_scale * decoder_part,
-        "mlm_loss": mlm_loss,
-        "mlm_accuracy": (mlm_logits[masked].argmax(-1) == batch.tokens[masked]).float().mean(),
-        "ar_loss": ar_loss,
-        "ar_accuracy": (ar_logits[rows].argmax(-1) == targets).float().mean(),
-        "aux_loss": aux_loss,
-    }
-
-
 def rate(step: int, steps: int, peak: float) -> float:
     if step < WARMUP:
         return peak * (step + 1) / WARMUP
@@ -84,29 +50,12 @@ def train_stage(
 ) -> tuple[list[dict[str, float]], torch.optim.AdamW]:
     """Train one stage; the records of its steps, and the optimizer with its moments."""
     stage = config.stages[index]
-    text = stage.name == "joint_lm"
-    folder = config.data.text if text else config.data.conversations
-    assert folder is not None
-    dataset = Dataset(folder, "train")
-    source = (TextPieces if text else InteractionPieces)(dataset, config.model.seq_len)
-    special = config.model.special_tokens
-    assert not isinstance(special, str)
     optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, eps=EPS, weight_decay=DECAY)
     records = []
-    with TextLoader(
-        source,
-        key=derive_key(config.seed, "stage", stage.name, index),
-        packs=config.batch.packs,
-        pack_tokens=config.batch.pack_tokens,
-        micro_packs=config.batch.packs,
-        dp_rank=0,
-        dp_size=1,
-        masking_probability=stage.masking_probability,
-        mask_id=special.mask,
-    ) as loader:
+    with naive.whole_steps(config, index) as batches:
         for step in range(stage.steps):
-            (batch,) = next(loader).batches
-            values = step_loss(model, batch, stage)
+            values = naive.means(model, [next(batches)])
+            values["loss"] = naive.loss(values, config, index)
             optimizer.zero_grad()
             values["loss"].backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -149,15 +98,15 @@ def canonical(model: RxTModel, values: dict[str, torch.Tensor]) -> dict[str, tor
 
 
 def test_a_launched_run_is_plain_autograd_on_the_whole_batch(run: Path) -> None:
+    """Every step, the weights and moments of every checkpoint, and the evaluations."""
     config = load_config(run / "config.yaml")
     model = build_model(config.model, config.seed)
     logged = metrics(run)
     for index, (step, folder) in enumerate(checkpoints(run).items()):
         records, optimizer = train_stage(model, config, index)
-        expected_norms = [record["grad_norm"] for record in records]
-        assert min(expected_norms) > CLIP, "clipping must be at work, or it is not tested"
+        assert min(record["grad_norm"] for record in records) > CLIP, "clipping would not be tested"
         for ours, theirs in zip(logged[step - len(records) : step], records, strict=True):
-            errors = {name: relative(ours[name], theirs[name]) for name in NUMBERS}
+            errors = {name: relative(ours[name], theirs[name]) for name in (*MEANS, "grad_norm", "lr")}
             assert max(errors.values()) <= 1e-5, (ours["step"], errors)
 
         parameters = dict(model.named_parameters())
@@ -171,3 +120,13 @@ def test_a_launched_run_is_plain_autograd_on_the_whole_batch(run: Path) -> None:
         for name, values in found.items():
             error = (values - flat[name]).abs().max() / flat[name].abs().max()
             assert error <= 1e-4, (step, name, float(error))
+
+        with torch.no_grad():
+            batches = naive.held_out(config, index)
+            evaluated = naive.means(model, batches)
+            evaluated["loss"] = naive.loss(evaluated, config, index)
+        record = evaluations(run)[index]
+        assert len(batches) == 3
+        assert record["tokens"] == sum(len(batch.tokens) for batch in batches)
+        errors = {name: relative(record[name], evaluated[name].item()) for name in MEANS}
+        assert max(errors.values()) <= 1e-4, errors

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -117,23 +117,29 @@ def start_ranks(count: int, arguments: list[str], folder: Path, *, launcher: boo
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"log-{time.monotonic_ns()}.txt"
     log.touch()
-    shared = environment() | {"MASTER_PORT": str(free_port())}
+    shared = environment()
     if launcher:
-        shared |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        shared |= address | {"WORLD_SIZE": str(count)}
+    processes = []
+    for rank in range(count):
+        variables = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if launcher else {})
+        processes.append(_fork(_run_program, (arguments, variables, folder, log)))
+    return Ranks(processes, log)
+
+
+def _fork(function: Callable[..., None], arguments: tuple[object, ...]) -> ForkServerProcess:
+    """Start a process from the server; the first call starts the server too."""
     own = dict(os.environ)
     _server.set_forkserver_preload(_PRELOADED)
-    processes = []
+    process = _server.Process(target=function, args=arguments)
     try:
-        os.environ.update(environment())  # the server inherits it when it starts, with the first run
-        for rank in range(count):
-            variables = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if launcher else {})
-            process = _server.Process(target=_run_program, args=(arguments, variables, folder, log))
-            process.start()
-            processes.append(process)
+        os.environ.update(environment())  # the server inherits it
+        process.start()
     finally:
         os.environ.clear()
         os.environ.update(own)
-    return Ranks(processes, log)
+    return process
 
 
 def run_ranks(count: int, arguments: list[str], folder: Path, *, launcher: bool = True) -> Result:
@@ -178,3 +184,24 @@ def shell(command: list[str], folder: Path, timeout: float = TIMEOUT_SECONDS) ->
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
     return Result([process.returncode], output.decode(errors="replace"))
+
+
+def run_function(count: int, function: Callable[..., None], *arguments: object) -> list[int]:
+    """Call ``function(*arguments)`` on ``count`` ranks of a gloo group; their exit codes."""
+    port = free_port()
+    processes = [_fork(_run_function, (function, arguments, rank, count, port)) for rank in range(count)]
+    for process in processes:
+        process.join(TIMEOUT_SECONDS)
+        process.kill()
+        process.join()
+    return [int(process.exitcode or 0) for process in processes]
+
+
+def _run_function(
+    function: Callable[..., None], arguments: tuple[object, ...], rank: int, count: int, port: int
+) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    function(*arguments)
+    dist.destroy_process_group()

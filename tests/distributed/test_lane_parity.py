@@ -1,0 +1,219 @@
+"""The memory stages on many meshes, and against plain autograd over all lanes in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.datasets import Datasets
+from helpers.lanes import (
+    MemoryPieces,
+    fresh_stm,
+    plain_answer,
+    plain_write,
+    stored_conversations,
+    timeline,
+)
+from helpers.launch import deepspeed, run_ranks
+from helpers.runs import (
+    arguments,
+    checkpoints,
+    evaluations,
+    metrics,
+    relative,
+    tensors,
+    trainer_state,
+    untimed,
+)
+
+from rxt_dist.checkpoint import CheckpointReader
+from rxt_dist.config import RunConfig, load_config, stage_optimizer
+from rxt_dist.kernels.attention import set_attention_backend
+from rxt_dist.model import RxTModel, build_model
+from rxt_dist.randomness import derive_key
+from rxt_dist.train.schedule import learning_rate
+
+TOLERANCE = 1e-5
+WEIGHT_TOLERANCE = 2e-4  # Adam divides by the gradient's size, so rounding shows where it is nearly zero
+LANES = 4
+WRITE_STEPS, SMAT_STEPS = 4, 5
+# Everything random is on: it too must not depend on where a lane is processed.
+SETTINGS: dict[str, Any] = {
+    "batch.lanes": LANES,
+    "model.stm_init": "{distribution: standard, shared: false}",
+    "model.memory_attention.gate.bias_init": 0.0,
+    "checkpoint.keep_last": 10,
+    "stages": f"[{{name: memory_attention, steps: {WRITE_STEPS}, noise_level: 0.05, label_noise_level: 0.05, "
+    f"label_weight_jitter: 0.15, stm_difference_scale: 0.01}}, {{name: smat, steps: {SMAT_STEPS}}}]",
+}
+MESHES: dict[str, tuple[int, dict[str, Any]]] = {
+    "1 rank": (1, {}),
+    "2 ranks": (2, {}),
+    "4 ranks": (4, {}),
+    "2 ranks, accumulation": (2, {"batch.micro_lanes": 1}),
+    "1 rank, window 1": (1, {"batch.window": 1}),
+    "2 ranks, window 1, ZeRO 2": (2, {"batch.window": 1, "batch.micro_lanes": 1, "zero.stage": 2}),
+}
+PAIRS = [
+    ("1 rank", "2 ranks"),
+    ("1 rank", "4 ranks"),
+    ("1 rank", "2 ranks, accumulation"),
+    ("1 rank, window 1", "2 ranks, window 1, ZeRO 2"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run folders by mesh; the run "2 ranks" is started by the deepspeed launcher."""
+    found = {}
+    for name, (ranks, own) in MESHES.items():
+        folder = tmp_path_factory.mktemp("mesh")
+        command = arguments(datasets, folder / "run", SETTINGS | own)
+        start = deepspeed if name == "2 ranks" else run_ranks
+        start(ranks, command, folder).check()
+        found[name] = folder / "run"
+    return found
+
+
+def assert_close(own: Any, reference: Any, where: str) -> None:
+    """Equal texts, integers and None; numbers up to rounding; the same keys, at every depth."""
+    if isinstance(reference, dict):
+        assert own.keys() == reference.keys(), where
+        for key, value in reference.items():
+            assert_close(own[key], value, f"{where}.{key}")
+    elif isinstance(reference, list):
+        assert len(own) == len(reference), where
+        for index, pair in enumerate(zip(own, reference, strict=True)):
+            assert_close(*pair, f"{where}.{index}")
+    elif isinstance(reference, float):
+        assert relative(own, reference) <= TOLERANCE, (where, own, reference)
+    else:
+        assert own == reference, where
+
+
+@pytest.mark.parametrize(("reference", "mesh"), PAIRS)
+def test_every_step_is_the_same_on_every_mesh(runs: dict[str, Path], reference: str, mesh: str) -> None:
+    ours, theirs = untimed(metrics(runs[mesh])), untimed(metrics(runs[reference]))
+    assert len(ours) == WRITE_STEPS + SMAT_STEPS
+    assert_close(ours, theirs, mesh)
+
+
+@pytest.mark.parametrize(("reference", "mesh"), PAIRS)
+def test_evaluations_are_the_same_on_every_mesh(runs: dict[str, Path], reference: str, mesh: str) -> None:
+    ours, theirs = untimed(evaluations(runs[mesh])), untimed(evaluations(runs[reference]))
+    memory = theirs[1]["memory"]
+    assert sum(count for _, count in memory["true"]["recall_by_distance"].values()) > 0
+    assert_close(ours, theirs, mesh)
+
+
+@pytest.mark.parametrize(("reference", "mesh"), PAIRS)
+def test_weights_and_memories_are_the_same_on_every_mesh(
+    runs: dict[str, Path], reference: str, mesh: str
+) -> None:
+    ours, theirs = checkpoints(runs[mesh]), checkpoints(runs[reference])
+    assert list(ours) == list(theirs) == [WRITE_STEPS, WRITE_STEPS + SMAT_STEPS]
+    for step, folder in ours.items():
+        assert trainer_state(folder) == trainer_state(theirs[step])
+        found, expected = tensors(folder), tensors(theirs[step])
+        assert found.keys() == expected.keys()
+        lanes = sorted(name for name in found if name.startswith("stm."))
+        assert lanes == [f"stm.lane-{lane:06d}" for lane in range(LANES)]
+        assert not torch.equal(found[lanes[0]], found[lanes[1]])
+        for name, values in found.items():
+            # What starts at zero is small: ten updates are the least that rounding is compared with.
+            error = (values - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-2)
+            assert error <= WEIGHT_TOLERANCE, (step, name, float(error))
+
+
+def test_records_hold_the_losses_of_their_stage(runs: dict[str, Path]) -> None:
+    counts = ("grad_norm", "lr", "tokens", "total_tokens")
+    for record in untimed(metrics(runs["2 ranks"])):
+        if record["stage"] == "smat":
+            parts = ("answer_loss", "answer_accuracy", "aux_loss")
+            loss = record["answer_loss"] + 0.01 * record["aux_loss"]
+        else:
+            parts = ("memory_loss", "stm_difference")
+            loss = record["memory_loss"] + 0.01 * record["stm_difference"]
+        assert tuple(record) == ("step", "stage", "loss", *parts, *counts)
+        assert record["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+class PlainSmat:
+    """All lanes of every step in one process: a graph a lane, stock losses, torch's AdamW and clipping."""
+
+    def __init__(self, config: RunConfig, model: RxTModel) -> None:
+        self.config, self.model = config, model
+        assert config.data.conversations is not None
+        stored = stored_conversations(config.data.conversations, "train", config.model.seq_len)
+        self.source = MemoryPieces(stored)
+        self.window, index = config.batch.window, 1
+        key = derive_key(config.seed, "stage", "smat", index)
+        self.places = timeline(self.source, LANES, SMAT_STEPS * self.window, key)
+        self.settings = stage_optimizer(config, config.stages[index])
+        self.trained = [p for name, p in model.named_parameters() if not name.startswith("mlm_head")]
+        self.optimizer = torch.optim.AdamW(
+            self.trained,
+            betas=self.settings.betas,
+            eps=self.settings.eps,
+            weight_decay=self.settings.weight_decay,
+        )
+        self.carried: dict[int, torch.Tensor] = {}
+
+    def step(self, number: int) -> dict[str, float]:
+        answers = []
+        for lane in range(LANES):
+            stm = self.carried.get(lane)
+            for places in self.places[number * self.window : (number + 1) * self.window]:
+                place = places[lane]
+                conversation = self.source.conversations[place.conversation]
+                if place.number == 0:
+                    stm = fresh_stm(self.config, place.visit)
+                else:
+                    assert stm is not None
+                    stm = plain_write(self.model, stm, conversation[place.number - 1])
+                answers.append(plain_answer(self.model, stm, conversation[place.number]))
+            assert stm is not None
+            self.carried[lane] = stm.detach()
+        targets, tokens = sum(a.targets for a in answers), sum(a.tokens for a in answers)
+        answer_loss = torch.stack([a.loss for a in answers]).sum() / targets
+        balance = torch.stack([a.balance for a in answers]).sum() / tokens
+        loss = answer_loss + 0.01 * balance
+        self.optimizer.zero_grad()
+        loss.backward()
+        for parameter in self.trained:
+            if parameter.grad is None:  # no lane has a past: as zero, it counts as an update
+                parameter.grad = torch.zeros_like(parameter)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, number, SMAT_STEPS)
+        self.optimizer.step()
+        return {
+            "loss": loss.item(),
+            "answer_loss": answer_loss.item(),
+            "answer_accuracy": sum(a.correct for a in answers) / targets,
+            "aux_loss": balance.item(),
+            "grad_norm": norm.item(),
+            "tokens": tokens,
+        }
+
+
+@pytest.mark.parametrize("mesh", ["2 ranks, accumulation", "2 ranks, window 1, ZeRO 2"])
+def test_smat_is_plain_autograd_over_all_lanes(runs: dict[str, Path], mesh: str) -> None:
+    set_attention_backend("sdpa", torch.device("cpu"), torch.float32)
+    config = load_config(runs[mesh] / "config.yaml")
+    model = build_model(config.model, config.seed)
+    CheckpointReader(checkpoints(runs[mesh])[WRITE_STEPS]).load_weights(model)
+    plain = PlainSmat(config, model)
+    logged = metrics(runs[mesh])[WRITE_STEPS:]
+    assert max(place.number for places in plain.places for place in places) >= 2
+    for number, record in enumerate(logged):
+        expected = plain.step(number)
+        errors = {name: relative(record[name], value) for name, value in expected.items()}
+        assert max(errors.values()) <= TOLERANCE, (record["step"], errors)
+    # The memory that the lanes carry on is part of the result.
+    found = tensors(checkpoints(runs[mesh])[WRITE_STEPS + SMAT_STEPS])
+    for lane, stm in plain.carried.items():
+        error = (found[f"stm.lane-{lane:06d}"] - stm.flatten()).abs().max() / stm.abs().max()
+        assert error <= WEIGHT_TOLERANCE, (lane, float(error))

@@ -1,0 +1,43 @@
+"""What a process learns from the variables of its launcher."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rxt_dist.errors import ConfigError
+from rxt_dist.parallel.bootstrap import world_from_environment
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_a_process_without_a_launcher_is_a_world_of_one() -> None:
+    world = world_from_environment()
+    assert (world.rank, world.local_rank, world.size) == (0, 0, 1)
+    assert world.device == torch.device("cpu")
+    assert world.is_main
+
+
+def test_the_variables_of_a_launcher_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(NAMES, ("5", "1", "8"), strict=True):
+        monkeypatch.setenv(name, value)
+    world = world_from_environment()
+    assert (world.rank, world.local_rank, world.size) == (5, 1, 8)
+    assert not world.is_main
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", ["", "one", "-1", "1.5"])
+def test_a_variable_that_is_no_number_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{name} is '{value}'"):
+        world_from_environment()
