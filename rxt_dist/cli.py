@@ -8,9 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rxt_dist.errors import TrainingError, exit_with_message
-
-_FAILED_EXIT_CODE = 1
+from rxt_dist.errors import FAILED_EXIT_CODE, TrainingError, exit_with_message
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +22,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return int(arguments.run(arguments))
     except TrainingError as error:
         print(error, file=sys.stderr)
-        return _FAILED_EXIT_CODE
+        return FAILED_EXIT_CODE
 
 
 def _parser() -> argparse.ArgumentParser:

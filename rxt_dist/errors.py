@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+FAILED_EXIT_CODE = 1
 USER_ERROR_EXIT_CODE = 2
 
 

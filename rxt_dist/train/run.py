@@ -16,7 +16,7 @@ import torch.distributed as dist
 from rxt_dist.checkpoint import CheckpointReader, find_checkpoint
 from rxt_dist.config import RunConfig, check_world_size, load_config
 from rxt_dist.data.tokens import TOKENIZER_FILE, load_tokenizer
-from rxt_dist.errors import USER_ERROR_EXIT_CODE, ConfigError, RxtError
+from rxt_dist.errors import FAILED_EXIT_CODE, USER_ERROR_EXIT_CODE, ConfigError, RxtError, TrainingError
 from rxt_dist.kernels.attention import set_attention_backend
 from rxt_dist.model import RxTModel
 from rxt_dist.observe.logging import setup_logging
@@ -80,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
         return USER_ERROR_EXIT_CODE
+    except TrainingError as error:
+        logger.error("%s", error)
+        return FAILED_EXIT_CODE
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -157,10 +158,15 @@ class Trainer:
             step = self._position.step
             last = self._position.stage_step == stage.steps
             meter.add(tokens)
-            if last or step % config.metrics.log_every_steps == 0:
-                self._log(engine, stage, metrics, rate, meter, tokens)
+            logs = last or step % config.metrics.log_every_steps == 0
+            saves = last or (interval is not None and step % interval == 0)
+            if logs or saves:
+                values = self._global_values(engine, metrics)
+                if logs:
+                    self._log(engine, stage, values, rate, meter, tokens)
+                self._check_finite(stage, values["loss"])
             self._callbacks.on_step(step, tokens, time.perf_counter() - started, data.wait_seconds)
-            if last or (interval is not None and step % interval == 0):
+            if saves:
                 self._save(engine, stage, feed)
                 meter.restart()
 
@@ -189,22 +195,17 @@ class Trainer:
         self,
         engine: StageEngine,
         stage: StageConfig,
-        metrics: torch.Tensor,
+        values: dict[str, float],
         rate: float,
         meter: Meter,
         tokens: int,
     ) -> None:
-        metrics = metrics.double()
-        dist.all_reduce(metrics)
-        names = ("loss", *engine.module.metric_names)
-        values = dict(zip(names, metrics.tolist(), strict=True))
-        norm = engine.gradient_norm()
         step_seconds, tokens_per_second = meter.read()
         record: dict[str, Any] = {
             "step": self._position.step,
             "stage": stage.name,
             **values,
-            "grad_norm": norm,
+            "grad_norm": engine.gradient_norm(),
             "lr": rate,
             "tokens": tokens,
             "total_tokens": self._position.tokens,
@@ -212,9 +213,18 @@ class Trainer:
             "step_seconds": step_seconds,
         }
         self._callbacks.on_log(record)
-        if not torch.isfinite(metrics[0]):
+
+    def _global_values(self, engine: StageEngine, metrics: torch.Tensor) -> dict[str, float]:
+        """Loss and metrics of the whole step, from this rank's share of them. Waits for the device."""
+        metrics = metrics.double()
+        dist.all_reduce(metrics)
+        return dict(zip(("loss", *engine.module.metric_names), metrics.tolist(), strict=True))
+
+    def _check_finite(self, stage: StageConfig, loss: float) -> None:
+        """A diverged run ends before it saves a checkpoint."""
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss is {values['loss']} at step {self._position.step} (stage {stage.name}); "
+                f"the loss is {loss} at step {self._position.step} (stage {stage.name}); "
                 "lower the learning rate or continue from an earlier checkpoint with --resume"
             )
 
