@@ -18,7 +18,6 @@ from rxt_dist.data.tokens import TOKENIZER_FILE
 from rxt_dist.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.yaml"
-TOKENIZER = TOKENIZER_FILE
 
 # What must not differ between a run and its continuation: it decides the order of the data, the
 # weights or their meaning. Everything else (mesh, ZeRO, logging, checkpoints) may change.
@@ -40,7 +39,7 @@ def create_run_dir(config: RunConfig, tokenizer: Path) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
         write_config(config)
     except OSError as error:
         raise ConfigError(f"runtime.run_dir: {folder} cannot be made: {error.strerror}") from error

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from rxt_dist.checkpoint import CheckpointReader, TrainerState, save_checkpoint
 from rxt_dist.config import RunConfig, StageConfig, deepspeed_config, stage_optimizer
+from rxt_dist.data.tokens import TOKENIZER_FILE
 from rxt_dist.errors import CheckpointError, TrainingError
 from rxt_dist.model import build_model
 from rxt_dist.observe.metrics import TrainState
@@ -27,7 +28,7 @@ from rxt_dist.train.engine import StageEngine
 from rxt_dist.train.evaluation import evaluate_stage
 from rxt_dist.train.feed import DataState, Feed, Step, open_feed
 from rxt_dist.train.meter import Meter
-from rxt_dist.train.run_dir import CONFIG_FILE, TOKENIZER
+from rxt_dist.train.run_dir import CONFIG_FILE
 from rxt_dist.train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -248,7 +249,7 @@ class Trainer:
             run_dir,
             state,
             {**engine.owned_fragments(), **feed.fragments()},
-            text_files=_texts(run_dir, (CONFIG_FILE, TOKENIZER)),
+            text_files=_texts(run_dir, (CONFIG_FILE, TOKENIZER_FILE)),
             keep_last=self._config.checkpoint.keep_last,
         )
         # The next stage starts from what was written, exactly as a resumed run would.

@@ -25,6 +25,7 @@ from helpers.runs import (
     tensors,
     trainer_state,
     tree,
+    uninterrupted,
     untimed,
 )
 
@@ -45,13 +46,7 @@ Resume = Callable[..., Result]
 @pytest.fixture(scope="module")
 def whole(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """An uninterrupted run by number of ranks; all of its checkpoints were kept."""
-    found = {}
-    for ranks in (1, 2):
-        folder = tmp_path_factory.mktemp(f"whole{ranks}")
-        run_ranks(ranks, arguments(datasets, "run", SETTINGS), folder).check()
-        assert list(checkpoints(folder / "run")) == SAVED
-        found[ranks] = folder / "run"
-    return found
+    return {ranks: uninterrupted(datasets, tmp_path_factory, ranks, SETTINGS, SAVED) for ranks in (1, 2)}
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers.datasets import Datasets
+from helpers.launch import run_ranks
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -99,3 +101,17 @@ def tree(folder: Path) -> dict[str, bytes]:
 def relative(ours: float, theirs: float) -> float:
     """Difference of two numbers relative to the larger."""
     return abs(ours - theirs) / max(abs(ours), abs(theirs), 1e-30)
+
+
+def uninterrupted(
+    datasets: Datasets,
+    tmp_path_factory: pytest.TempPathFactory,
+    ranks: int,
+    settings: dict[str, Any],
+    saved: list[int],
+) -> Path:
+    """Folder of a whole run on ``ranks`` ranks, which kept its checkpoints of the steps ``saved``."""
+    folder = tmp_path_factory.mktemp(f"whole{ranks}")
+    run_ranks(ranks, arguments(datasets, "run", settings), folder).check()
+    assert list(checkpoints(folder / "run")) == saved
+    return folder / "run"
