@@ -87,6 +87,13 @@ def _add_shard(parser: argparse.ArgumentParser) -> None:
         help="truncate longer documents or interactions (default: keep everything)",
     )
     parser.add_argument(
+        "--split-documents",
+        type=int,
+        default=None,
+        metavar="N",
+        help="split longer documents into several of at most N tokens (text only; default: keep them whole)",
+    )
+    parser.add_argument(
         "--shard-bytes",
         type=int,
         default=defaults.shard_bytes,
@@ -111,6 +118,7 @@ def _run_shard(arguments: argparse.Namespace) -> int:
             workers=arguments.workers,
             val_fraction=arguments.val_fraction,
             max_tokens=arguments.max_tokens,
+            split_documents=arguments.split_documents,
             shard_bytes=arguments.shard_bytes,
             block_documents=arguments.block_documents,
         )
@@ -118,7 +126,7 @@ def _run_shard(arguments: argparse.Namespace) -> int:
     for split, counts in manifest.counts.items():
         print(
             f"{arguments.output}: {split}: {counts.documents} documents, {counts.tokens} tokens, "
-            f"{counts.truncated} truncated"
+            f"{counts.truncated} truncated, {counts.split} pieces of longer documents"
         )
     print(f"{arguments.output}: fingerprint {manifest.fingerprint}")
     return 0
@@ -179,6 +187,13 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             option, type=int, default=getattr(defaults, name), help=f"{text} (default %(default)s)"
         )
+    parser.add_argument(
+        "--overwrite",
+        type=float,
+        default=defaults.overwrite,
+        metavar="SHARE",
+        help="share of later statements that change a fact stated before (recall only, default %(default)s)",
+    )
     parser.set_defaults(run=_run_synth)
 
 

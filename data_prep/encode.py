@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from data_prep.inputs import Chunk
-from data_prep.records import ConversationRecord, Interaction, TextRecord, parse_chunk
+from data_prep.records import ConversationRecord, Interaction, TextRecord, parse_chunk, piece_hash
 from rxt_dist.data.format import (
     MAX_MARK,
     ROLE_ANSWER,
@@ -23,8 +23,9 @@ from rxt_dist.data.format import (
     ROLE_SYSTEM,
     ConversationTokens,
     Kind,
-    encode_conversation_block,
-    encode_text_block,
+    conversation_block,
+    encode_block,
+    text_block,
     token_dtype,
 )
 from rxt_dist.data.tokens import ANSWER, BOS, EOS, QUERY, load_tokenizer, special_ids
@@ -44,17 +45,32 @@ class EncodedChunk:
     """64-bit hash of every document, which decides its split."""
     truncated: list[int]
     """For every document, how many of its parts (itself, interactions, system text) were truncated."""
+    split: list[bool]
+    """For every document, whether it is a piece of a longer one."""
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What decides the tokens of a record; lengths include special tokens."""
+
+    tokenizer: Path
+    """Folder that holds tokenizer.json."""
+    kind: Kind
+    max_tokens: int | None = None
+    """Longer documents and interactions lose their excess."""
+    split_documents: int | None = None
+    """Longer documents become several of at most this many tokens."""
 
 
 class Encoder:
     """Tokenises chunks of one kind with one tokenizer."""
 
-    def __init__(self, tokenizer_folder: Path, kind: Kind, max_tokens: int | None) -> None:
-        """``max_tokens`` limits a document or an interaction, special tokens included."""
-        self._tokenizer = load_tokenizer(tokenizer_folder)
+    def __init__(self, options: EncodeOptions) -> None:
+        self._tokenizer = load_tokenizer(options.tokenizer)
         self._ids = special_ids(self._tokenizer)
-        self._kind = kind
-        self._max_tokens = max_tokens
+        self._kind = options.kind
+        self._max_tokens = options.max_tokens
+        self._split_documents = options.split_documents
         self._dtype = token_dtype(vocabulary_size(self._tokenizer))
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
@@ -64,30 +80,32 @@ class Encoder:
             DataError: a record is malformed, naming file and line.
         """
         records = parse_chunk(chunk, self._kind)
-        hashes = [record.hash for record in records]
         if self._kind == "text":
-            documents, truncated = self._texts([r for r in records if isinstance(r, TextRecord)])
-            return EncodedChunk(encode_text_block(documents, self._dtype), hashes, truncated)
-        conversations, truncated = self._conversations(
-            [r for r in records if isinstance(r, ConversationRecord)]
-        )
-        return EncodedChunk(encode_conversation_block(conversations, self._dtype), hashes, truncated)
+            return self._texts([r for r in records if isinstance(r, TextRecord)])
+        return self._conversations([r for r in records if isinstance(r, ConversationRecord)])
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
-    def _texts(self, records: Sequence[TextRecord]) -> tuple[list[npt.NDArray[Any]], list[int]]:
-        documents, truncated = [], []
-        for ids in self._encode([record.text for record in records]):
-            cut = self._max_tokens is not None and len(ids) + 2 > self._max_tokens
-            kept = ids[: self._max_tokens - 2] if cut and self._max_tokens is not None else ids
-            documents.append(np.array([self._ids[BOS], *kept, self._ids[EOS]], np.uint32))
-            truncated.append(int(cut))
-        return documents, truncated
+    def _texts(self, records: Sequence[TextRecord]) -> EncodedChunk:
+        documents: list[npt.NDArray[Any]] = []
+        hashes: list[int] = []
+        truncated: list[int] = []
+        split: list[bool] = []
+        for record, ids in zip(records, self._encode([record.text for record in records]), strict=True):
+            pieces = [ids]
+            if self._split_documents is not None:
+                size = self._split_documents - 2  # each piece has a [BOS] and an [EOS] of its own
+                pieces = [ids[start : start + size] for start in range(0, len(ids), size)] or [ids]
+            for number, piece in enumerate(pieces):
+                kept = piece if self._max_tokens is None else piece[: self._max_tokens - 2]
+                documents.append(np.array([self._ids[BOS], *kept, self._ids[EOS]], np.uint32))
+                hashes.append(record.hash if len(pieces) == 1 else piece_hash(record.hash, number))
+                truncated.append(int(len(kept) < len(piece)))
+                split.append(len(pieces) > 1)
+        return EncodedChunk(encode_block(text_block(documents, self._dtype)), hashes, truncated, split)
 
-    def _conversations(
-        self, records: Sequence[ConversationRecord]
-    ) -> tuple[list[ConversationTokens], list[int]]:
+    def _conversations(self, records: Sequence[ConversationRecord]) -> EncodedChunk:
         ids = iter(self._encode([text for record in records for text in record.texts()]))
         bos, eos, q, a = (self._ids[name] for name in (BOS, EOS, QUERY, ANSWER))
         conversations, truncated = [], []
@@ -110,7 +128,9 @@ class Encoder:
             marks = self._record_marks(record, segments)
             conversations.append(ConversationTokens(list(segments), roles, marks))
             truncated.append(int(cuts))
-        return conversations, truncated
+        members = encode_block(conversation_block(conversations, self._dtype))
+        hashes = [record.hash for record in records]
+        return EncodedChunk(members, hashes, truncated, [False] * len(records))
 
     def _record_marks(
         self, record: ConversationRecord, segments: list[Tokens]
@@ -163,12 +183,12 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 _worker_encoder: Encoder | None = None
 
 
-def start_worker(tokenizer_folder: Path, kind: Kind, max_tokens: int | None) -> None:
+def start_worker(options: EncodeOptions) -> None:
     """Initialise a worker process; the processes are the parallelism, so each uses one thread."""
     global _worker_encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_encoder = Encoder(tokenizer_folder, kind, max_tokens)
+    _worker_encoder = Encoder(options)
 
 
 def _end_with_parent() -> None:

@@ -84,6 +84,11 @@ def _hash(content: str) -> int:
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big")
 
 
+def piece_hash(document: int, number: int) -> int:
+    """Hash of piece ``number`` (from 0) of the document with the hash ``document``."""
+    return _hash(f"{document}/{number}")
+
+
 def parse_chunk(chunk: Chunk, kind: Kind | None) -> list[Record]:
     """Check and convert the records of a chunk; ``kind`` None accepts texts and conversations.
 

@@ -23,6 +23,7 @@ import numpy as np
 from data_prep.encode import (
     MIN_MAX_TOKENS,
     EncodedChunk,
+    EncodeOptions,
     Encoder,
     encode_in_worker,
     start_worker,
@@ -72,6 +73,7 @@ class ShardOptions:
     workers: int = 1
     val_fraction: float = 0.01
     max_tokens: int | None = None
+    split_documents: int | None = None
     shard_bytes: int = DEFAULT_SHARD_BYTES
     block_documents: int = 64
 
@@ -82,12 +84,23 @@ class ShardOptions:
             ("--shard-bytes", self.shard_bytes, MIN_SHARD_BYTES),
             ("--block-documents", self.block_documents, 1),
             ("--max-tokens", self.max_tokens, MIN_MAX_TOKENS),
+            ("--split-documents", self.split_documents, MIN_MAX_TOKENS),
         )
         for name, value, minimum in limits:
             if value is not None and value < minimum:
                 raise DataError(f"{name} is {value}; it must be at least {minimum}")
         if not 0.0 <= self.val_fraction < 1.0:
             raise DataError(f"--val-fraction is {self.val_fraction}; it must be at least 0 and below 1")
+        if self.split_documents is not None and self.kind != "text":
+            raise DataError(
+                "--split-documents is for text; an interaction cannot be split (see --max-tokens)"
+            )
+        if self.split_documents is not None and self.max_tokens is not None:
+            raise DataError("--split-documents and --max-tokens exclude each other: give one of them")
+
+    def encode_options(self) -> EncodeOptions:
+        """The part of the options that workers need."""
+        return EncodeOptions(self.tokenizer, self.kind, self.max_tokens, self.split_documents)
 
 
 def build_dataset(options: ShardOptions) -> Manifest:
@@ -134,6 +147,7 @@ class _Outcome:
     shards: list[ShardInfo] = field(default_factory=list)
     documents: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     truncated: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    pieces: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     extreme: _Extreme = field(default_factory=_Extreme)
 
     def repair(self, val_fraction: float) -> dict[int, Split]:
@@ -191,13 +205,15 @@ def _write_shards(options: ShardOptions, folder: Path, forced: Mapping[int, Spli
     try:
         with progress_bar("sharding", "document") as bar:
             for chunk in _encoded_chunks(options):
-                for document, digest, truncated in _documents(options.kind, chunk, dtype):
+                for i, document in enumerate(_documents(options.kind, chunk, dtype)):
+                    digest = chunk.hashes[i]
                     by_hash: Split = "val" if digest < threshold else "train"
                     split = forced.get(ordinal, by_hash)
                     writers[split].add(document)
                     outcome.extreme.see(digest, ordinal)
                     outcome.documents[split] += 1
-                    outcome.truncated[split] += truncated
+                    outcome.truncated[split] += chunk.truncated[i]
+                    outcome.pieces[split] += chunk.split[i]
                     ordinal += 1
                 bar.update(len(chunk.hashes))
         if ordinal == 0:
@@ -212,14 +228,14 @@ def _write_shards(options: ShardOptions, folder: Path, forced: Mapping[int, Spli
     return outcome
 
 
-def _documents(kind: Kind, chunk: EncodedChunk, dtype: np.dtype[Any]) -> Iterator[tuple[Any, int, int]]:
+def _documents(kind: Kind, chunk: EncodedChunk, dtype: np.dtype[Any]) -> Iterator[Any]:
     decode = decode_text_block if kind == "text" else decode_conversation_block
     block = decode(chunk.members, dtype)
-    for i, (digest, truncated) in enumerate(zip(chunk.hashes, chunk.truncated, strict=True)):
+    for i in range(len(chunk.hashes)):
         document = block.document(i)
         if isinstance(document, ConversationTokens) and not _is_marked(document):
             document = ConversationTokens(document.segments, document.roles)
-        yield document, digest, truncated
+        yield document
 
 
 def _is_marked(conversation: ConversationTokens) -> bool:
@@ -230,7 +246,7 @@ def _is_marked(conversation: ConversationTokens) -> bool:
 def _encoded_chunks(options: ShardOptions) -> Iterator[EncodedChunk]:
     """Encoded chunks in input order; a bounded number is under way."""
     if options.workers == 1:
-        encoder = Encoder(options.tokenizer, options.kind, options.max_tokens)
+        encoder = Encoder(options.encode_options())
         for chunk in read_chunks(options.inputs):
             yield encoder.encode(chunk)
         return
@@ -238,7 +254,7 @@ def _encoded_chunks(options: ShardOptions) -> Iterator[EncodedChunk]:
         options.workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=start_worker,
-        initargs=(options.tokenizer, options.kind, options.max_tokens),
+        initargs=(options.encode_options(),),
     )
     pending: deque[Future[EncodedChunk]] = deque()
     try:
@@ -281,6 +297,7 @@ def _manifest(options: ShardOptions, outcome: _Outcome, tokenizer_folder: Path) 
         special_tokens=ids,
         tokenizer_sha256=digest,
         max_tokens=options.max_tokens,
+        split_documents=options.split_documents,
         val_fraction=options.val_fraction,
         source=describe_sources(options.inputs),
         counts={split: _counts(outcome, split) for split in SPLITS},
@@ -297,6 +314,7 @@ def _counts(outcome: _Outcome, split: Split) -> SplitCounts:
         interactions=sum(shard.interactions for shard in shards),
         tokens=sum(shard.tokens for shard in shards),
         truncated=outcome.truncated[split],
+        split=outcome.pieces[split],
     )
 
 

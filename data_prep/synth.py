@@ -3,7 +3,8 @@
 A conversation states facts, chats, and asks for facts stated or mentioned earlier. The word of the answer
 that carries the fact is marked with its distance: how many interactions ago the fact was last mentioned
 (a question with its answer counts as a mention). A fact is a new combination of known words, so only the
-conversation itself can tell it.
+conversation itself can tell it. Facts may be overwritten: then the newest value is asked for, and the
+distance counts from where it was stated.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ class SynthOptions:
     distance_weights: Literal["uniform", "linear"] = "uniform"
     """How the distance of a question is drawn: all available ones alike, or in proportion to the distance."""
 
+    overwrite: float = 0.0
+    """Share of the later statements that give a fact stated before another value."""
+
     def check(self) -> None:
         """Raise :class:`DataError` for a value out of range."""
         for name in ("conversations", "stories"):
@@ -80,6 +84,10 @@ class SynthOptions:
             )
         if self.max_distance < 1:
             raise DataError(f"--max-distance is {self.max_distance}; it must be at least 1")
+        if not 0.0 <= self.overwrite <= 1.0:
+            raise DataError(f"--overwrite is {self.overwrite}; it must be between 0 and 1")
+        if self.overwrite and self.profile != "recall":
+            raise DataError(f"--overwrite needs --profile recall; found {self.profile}")
 
 
 def write_corpus(output: Path, options: SynthOptions) -> None:
@@ -139,6 +147,9 @@ def _conversation(profile: Profile, options: SynthOptions, random: Random) -> It
         match _move(random, can_state=len(unused) >= options.facts_per_statement, can_ask=bool(by_distance)):
             case "state":
                 facts = [unused.pop() for _ in range(options.facts_per_statement)]
+                if options.overwrite and mentioned and random.random() < options.overwrite:
+                    unused.append(facts.pop())
+                    facts.append(_overwrite(random, mentioned))
                 mentioned.update(dict.fromkeys(facts, turn))
                 query, answer = profile.state(random, facts)
                 yield {"query": query, "answer": answer}
@@ -150,6 +161,14 @@ def _conversation(profile: Profile, options: SynthOptions, random: Random) -> It
             case _:
                 query, answer = profile.filler(random)
                 yield {"query": query, "answer": answer}
+
+
+def _overwrite(random: Random, mentioned: dict[Fact, int]) -> Fact:
+    """Take one of the ``mentioned`` facts out; returns what replaces it."""
+    old = random.choice(list(mentioned))
+    assert old.rewrite is not None
+    del mentioned[old]
+    return old.rewrite(random)
 
 
 def _move(random: Random, *, can_state: bool, can_ask: bool) -> Literal["state", "ask", "filler"]:

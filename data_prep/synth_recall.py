@@ -40,27 +40,36 @@ class RecallProfile:
     def _fact(self, random: Random, name: str, item: str) -> Fact:
         kind = random.choice(("owner", "place", "price"))
         if kind == "owner":
-            colour = random.choice(COLOURS)
-            return Fact(
-                clause=f"{name} has the {colour} {item}",
-                restated=f"the {colour} {item} is with {name}",
-                questions=(
-                    Question(f"what colour is the {item} of {name} ?", f"the {item} is ", colour, " ."),
-                    Question(f"who has the {colour} {item} ?", "it is with ", name, " ."),
-                ),
-            )
+            return self._owner(name, item, random.choice(COLOURS))
         if kind == "place":
-            place = random.choice(PLACES)
-            return Fact(
-                clause=f"the {item} is in the {place}",
-                restated=f"you can see the {item} in the {place}",
-                questions=(Question(f"where is the {item} ?", "it is in the ", place, " ."),),
-            )
-        number = random.choice(NUMBERS)
+            return self._place(item, random.choice(PLACES))
+        return self._price(name, item, random.choice(NUMBERS))
+
+    def _owner(self, name: str, item: str, colour: str) -> Fact:
+        return Fact(
+            clause=f"{name} has the {colour} {item}",
+            restated=f"the {colour} {item} is with {name}",
+            questions=(
+                Question(f"what colour is the {item} of {name} ?", f"the {item} is ", colour, " ."),
+                Question(f"who has the {colour} {item} ?", "it is with ", name, " ."),
+            ),
+            rewrite=lambda random: self._owner(name, item, _another(random, COLOURS, colour)),
+        )
+
+    def _place(self, item: str, place: str) -> Fact:
+        return Fact(
+            clause=f"the {item} is in the {place}",
+            restated=f"you can see the {item} in the {place}",
+            questions=(Question(f"where is the {item} ?", "it is in the ", place, " ."),),
+            rewrite=lambda random: self._place(item, _another(random, PLACES, place)),
+        )
+
+    def _price(self, name: str, item: str, number: str) -> Fact:
         return Fact(
             clause=f"{name} paid {number} for the {item}",
             restated=f"the {item} of {name} was {number}",
             questions=(Question(f"how much was the {item} of {name} ?", "it was ", number, " ."),),
+            rewrite=lambda random: self._price(name, item, _another(random, NUMBERS, number)),
         )
 
     def state(self, random: Random, facts: list[Fact]) -> tuple[str, str]:
@@ -84,3 +93,7 @@ class RecallProfile:
             else:
                 sentences.append(f"{question.query} {question.before}{question.value}{question.after}")
         return " ".join(sentences)
+
+
+def _another(random: Random, words: tuple[str, ...], word: str) -> str:
+    return random.choice([other for other in words if other != word])

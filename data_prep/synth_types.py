@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
 
 
 @dataclass(frozen=True)
@@ -24,3 +26,5 @@ class Fact:
     restated: str
     """The same in other words, likewise a clause."""
     questions: tuple[Question, ...]
+    rewrite: Callable[[Random], Fact] | None = field(default=None, compare=False)
+    """Draws the fact that replaces this one: the same subject with another value. None: it cannot change."""

@@ -6,10 +6,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rxt_dist.commands import curves, demo, evaluate
+from rxt_dist.commands import (
+    chat,
+    complete,
+    curves,
+    demo,
+    evaluate,
+    export_model,
+    fill_mask,
+    import_model,
+    plan,
+)
 from rxt_dist.errors import FAILED_EXIT_CODE, TrainingError, exit_with_message
 
-COMMANDS = (demo, evaluate, curves)
+COMMANDS = (demo, evaluate, curves, chat, complete, fill_mask, plan, import_model, export_model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

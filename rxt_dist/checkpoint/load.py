@@ -47,6 +47,17 @@ def find_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
+def locate_checkpoint(path: Path) -> Path:
+    """A checkpoint folder as given, or the newest sound one of a run folder.
+
+    Raises :class:`CheckpointError` when there is none.
+    """
+    found = find_checkpoint(path) if (path / "checkpoints").is_dir() else path
+    if found is None:
+        raise CheckpointError(f"{path / 'checkpoints'} holds no checkpoint")
+    return found
+
+
 def verify_checkpoint(path: Path) -> list[str]:
     """Compare every file with the manifest; returns the problems found, empty when sound."""
     try:

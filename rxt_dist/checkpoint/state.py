@@ -7,7 +7,7 @@ from typing import Any
 
 from rxt_dist.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class TrainerState:
     """Position in the stage's global data order."""
     fingerprint: str
     """Fingerprint of the stage's dataset."""
-    optimizer_step: int
-    """Step counter of the stage's optimizer (bias correction)."""
+    optimizer_steps: list[int]
+    """Step counters of the stage's optimizer (bias correction), one for every group of parameters, in the
+    order in which they begin to train."""
     tensor_shapes: dict[str, list[int]] = field(default_factory=dict)
     """Shape of every canonical tensor; they are stored flat."""
     format_version: int = FORMAT_VERSION

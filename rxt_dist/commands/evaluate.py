@@ -7,13 +7,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+EVALUATION_FILE = "evaluation.json"
+
 
 def add_parser(commands: Any) -> None:
     """Declare the command in ``commands``, an argparse subparsers object."""
     parser = commands.add_parser("eval", help="evaluate a run or checkpoint on held-out data")
     parser.add_argument("path", type=Path, metavar="PATH", help="run folder or checkpoint folder")
-    parser.add_argument("--stage", help="stage whose evaluation is made (default: the checkpoint's)")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--stage", help="stage whose evaluation is made (default: the checkpoint's)")
+    chosen.add_argument(
+        "--memory", action="store_true", help="answers with the true, a fresh and a foreign memory"
+    )
     parser.add_argument("--split", choices=("val", "train"), default="val", help="default: %(default)s")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help=f"folder for {EVALUATION_FILE}, and memory.png with --memory (default: only print)",
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -26,10 +38,27 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from rxt_dist.errors import ConfigError
+    from rxt_dist.observe.memory_plot import plot_memory
     from rxt_dist.train.evaluate_checkpoint import evaluate_checkpoint
 
+    folder: Path | None = arguments.output
+    if folder is not None:  # made first: an evaluation can take long
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--output: folder {folder} cannot be made: {error.strerror}") from error
     record = evaluate_checkpoint(
-        arguments.path, arguments.overrides, split=arguments.split, stage_name=arguments.stage
+        arguments.path,
+        arguments.overrides,
+        split=arguments.split,
+        stage_name=arguments.stage,
+        memory=arguments.memory,
     )
-    print(json.dumps(record, indent=1))
+    text = json.dumps(record, indent=1)
+    print(text)
+    if folder is not None:
+        (folder / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
+        if arguments.memory:
+            plot_memory(folder, record)
     return 0

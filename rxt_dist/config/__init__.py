@@ -29,6 +29,7 @@ from rxt_dist.config.run import (
     RunConfig,
     RuntimeConfig,
     StageConfig,
+    UnfreezeConfig,
     ZeroConfig,
     stage_optimizer,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "SpecialTokens",
     "StageConfig",
     "StmInitConfig",
+    "UnfreezeConfig",
     "ZeroConfig",
     "accumulation_steps",
     "available",

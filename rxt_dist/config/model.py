@@ -96,7 +96,20 @@ class EncoderConfig(Section):
     use_rope: bool = True
     """Whether queries and keys carry rotary positions."""
     memory_cross_attention: AttentionConfig | None = None
-    """Weights that published older encoders carry; never used in the forward pass and never trained."""
+    """Memory cross-attention that published older encoders carry (null: none); never trained, and read
+    only with `reads_memory`."""
+    stm_norm: bool = False
+    """Whether the memory cross-attention has a norm of the STM in front of keys and values."""
+    reads_memory: bool = False
+    """Whether the encoder reads the STM before its interaction is written, as the oldest published models
+    do; such a model can be run but not trained."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.memory_cross_attention is None:
+            rule = "has no effect without memory_cross_attention; set it, or use the valid value: false"
+            report([Problem(name, rule) for name in ("stm_norm", "reads_memory") if getattr(self, name)])
+        return self
 
 
 class MoEConfig(Section):
@@ -160,6 +173,9 @@ class DecoderConfig(Section):
     """Whether self-attention and the queries of the memory cross-attention carry rotary positions."""
     stm_norm: bool = True
     """Whether the STM passes a norm before keys and values are made of it."""
+    causal_cross: bool = False
+    """Whether the token at position t reads the memory rows 0 to t alone, as the oldest published models do;
+    false: every token reads all of them."""
     head_norm: Literal["none", "layer", "rms"] = "none"
     """Norm before the LM head."""
     moe: MoEConfig | None = None
@@ -238,6 +254,10 @@ class MemoryAttentionConfig(Section):
     """The gates that mix an update into the STM."""
     gate_self_attention: bool = False
     """Whether the self-attention step of variant `self` is gated too."""
+    gate_residual: bool = True
+    """false: the main attention's update is added without a gate although the self-attention's is gated."""
+    input_norm: bool = True
+    """Whether the encoded interaction passes an RMSNorm before keys and values are made of it."""
     residual: bool = True
     """false: the update replaces the STM; variant `simple` with gate.type off only."""
 
@@ -254,6 +274,8 @@ class MemoryAttentionConfig(Section):
             ("residual", self.residual or variant == "simple", "true"),
         ]
         problems = [Problem(field, no_effect + valid) for field, fine, valid in rules if not fine]
+        if not self.gate_residual and not (self.gate_self_attention and self.gate.type != "off"):
+            problems.append(Problem("gate_residual", "found false, but nothing else is gated; valid: true"))
         if not self.residual and self.gate.type != "off":
             valid = "without residual there is nothing to mix, valid: off"
             problems.append(Problem("gate.type", f"found {self.gate.type}; {valid}"))
@@ -282,8 +304,17 @@ class ModelConfig(Section):
     """Norm of encoder and decoder layers."""
     rope_base: float = Field(10000.0, gt=1)
     """Base of the rotary positions' wave lengths."""
+    rope_layout: Literal["interleaved", "halves"] = "interleaved"
+    """How rotated channel pairs lie in a head where only one side of an attention is rotated (memory
+    cross-attention, memory attention): next to each other, or all first members before all second ones."""
+    rope_angle_dtype: Literal["float32", "activation"] = "float32"
+    """Precision of the rotary angles; activation rounds them to the activations' dtype, as published bf16
+    models were trained."""
     embedding_std: float = Field(1.0, gt=0)
     """Standard deviation of the initial token embedding."""
+    query_key_init_scale: float = Field(1.0, gt=0)
+    """Factor of the initial query and key weights of self-attention in encoder and decoder. Below 1 attention
+    starts nearly uniform, and the masked-LM loss leaves its first plateau sooner."""
     stm_init: StmInitConfig = Field(default_factory=StmInitConfig)
     """The STM of a new conversation."""
     encoder: EncoderConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,7 @@ Betas = Annotated[
 ]
 StageName = Literal["joint_lm", "interaction_sft", "memory_attention", "smat"]
 Component = Literal["encoder", "decoder", "memory_attention"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
 DataKind = Literal["text", "conversations"]
 
 STAGE_DATA: dict[StageName, DataKind] = {
@@ -42,7 +43,10 @@ _STAGE_FIELDS: dict[str, tuple[StageName, ...]] = {
     "label_weight_floor": ("memory_attention",),
     "label_weight_jitter": ("memory_attention",),
     "stm_difference_scale": ("memory_attention",),
+    "unused_slots": ("memory_attention",),
     "frozen": ("smat",),
+    "unfreeze": ("smat",),
+    "system_prompts": ("smat",),
 }
 """Fields of a stage that only some stages have; elsewhere they must keep their default."""
 
@@ -135,6 +139,22 @@ class OptimizerOverrides(Section):
     """Global gradient norm above which gradients are scaled down; 0: no clipping."""
 
 
+class UnfreezeConfig(Section):
+    """How long components are frozen at the beginning of a stage; null: not at all."""
+
+    encoder: int | None = Field(None, ge=1)
+    """Steps of the stage in which the encoder keeps its weights; after them it trains."""
+    memory_attention: int | None = Field(None, ge=1)
+    """Steps of the stage in which memory attention keeps its weights; after them it trains."""
+    decoder: int | None = Field(None, ge=1)
+    """Steps of the stage in which the decoder keeps its weights; after them it trains."""
+
+    def steps(self) -> dict[Component, int]:
+        """Those that are set, by component: its first step in training (from 0)."""
+        found = {name: getattr(self, name) for name in COMPONENTS}
+        return {name: step for name, step in found.items() if step is not None}
+
+
 class StageConfig(Section):
     """One training objective; stages run in the order of the list, each from the previous one's result."""
 
@@ -166,8 +186,15 @@ class StageConfig(Section):
     """Largest random shift of that weight, one draw for every interaction (published recipe: 0.15)."""
     stm_difference_scale: float = Field(0.0, ge=0)
     """Factor of the loss term that keeps an update small: sqrt(t+1) times its mean square."""
+    unused_slots: Literal["ignored", "kept", "reference"] = "ignored"
+    """STM slots beyond the end of an interaction in the loss: ignored: they have no label; kept: their label
+    is the memory before; reference: also the encoding of [PAD] tokens, as the published recipe has it."""
     frozen: list[Component] = Field(default_factory=list)
     """Components that keep their weights in this stage."""
+    unfreeze: UnfreezeConfig = Field(default_factory=UnfreezeConfig)
+    """Components that keep their weights at the beginning of the stage, and train later."""
+    system_prompts: bool = False
+    """Whether the system prompt of a conversation that has one is written into its STM at the beginning."""
 
     @property
     def uses_lanes(self) -> bool:
@@ -179,13 +206,28 @@ class StageConfig(Section):
         problems = []
         for field, stages in _STAGE_FIELDS.items():
             default = type(self).model_fields[field].get_default(call_default_factory=True)
-            if self.name not in stages and getattr(self, field) != default:
+            value = getattr(self, field)
+            if self.name not in stages and value != default:
+                found = value.model_dump(exclude_none=True) if isinstance(value, Section) else value
                 valid = f"it has no effect in stage {self.name}, only in {listed(stages)}; remove it"
-                problems.append(Problem(field, f"found {getattr(self, field)!r}; {valid}"))
-        if len(set(self.frozen)) == 3:
-            problems.append(
-                Problem("frozen", "all components are frozen, nothing would train; leave one out")
-            )
+                problems.append(Problem(field, f"found {found!r}; {valid}"))
+        report(problems)
+        return self
+
+    @model_validator(mode="after")
+    def _check_frozen(self) -> Self:
+        problems = []
+        later = self.unfreeze.steps()
+        for component, step in later.items():
+            field = f"unfreeze.{component}"
+            if component in self.frozen:
+                problems.append(Problem(field, f"found {step}, but `frozen` lists {component}; remove one"))
+            elif step >= self.steps:
+                valid = f"valid: 1 to {self.steps - 1} (steps is {self.steps}), or list it under `frozen`"
+                problems.append(Problem(field, f"found {step}, so that it would never train; {valid}"))
+        if len({*self.frozen, *later}) == len(COMPONENTS):
+            field = "unfreeze" if later else "frozen"
+            problems.append(Problem(field, "all components are frozen at the beginning; leave one out"))
         report(problems)
         return self
 
@@ -235,7 +277,9 @@ class EvaluationConfig(Section):
     """Validation at the end of every stage."""
 
     max_packs: int | None = Field(None, ge=1)
-    """Most packs of the validation split that are evaluated (null: the whole split)."""
+    """Most packs of the validation split that the text stages evaluate (null: the whole split)."""
+    max_conversations: int | None = Field(None, ge=1)
+    """Most conversations of the validation split that the memory stages evaluate (null: the whole split)."""
     samples: int = Field(3, ge=0)
     """Continuations that are generated."""
     sample_tokens: int = Field(48, ge=1)
@@ -251,6 +295,9 @@ class RuntimeConfig(Section):
     """Folder of the run's checkpoints, logs and resolved configuration."""
     attention_backend: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Attention kernel; auto: the fastest that the device and the precision allow."""
+    recompute: Literal["none", "interaction"] = "none"
+    """What the backward pass of the memory stages computes again to save memory; interaction: everything but
+    the STM between the interactions of a window."""
     collective_timeout_seconds: int = Field(1800, ge=1)
     """Seconds after which a hung collective operation ends the run."""
     data_prefetch_steps: int = Field(2, ge=1)
@@ -320,6 +367,9 @@ class RunConfig(Section):
             valid = "its running means differ between ranks, so it can only be imported and run, not trained"
             found = f"found {norm}; {valid}; valid: classic_rms, rms, layer"
             problems.append(Problem("model.memory_attention.norm", found))
+        if self.model.encoder.reads_memory:
+            found = "found true; encoders that read the memory can be run but not trained; valid: false"
+            problems.append(Problem("model.encoder.reads_memory", found))
         for index, stage in enumerate(self.stages):
             warmup = stage_optimizer(self, stage).warmup_steps
             if warmup > stage.steps:

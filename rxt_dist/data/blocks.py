@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rxt_dist.data.manifest import Kind
 from rxt_dist.errors import DataError
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
@@ -102,40 +103,135 @@ class ConversationBlock:
         )
 
 
-def _pack(arrays: Sequence[IntArray], dtype: np.dtype[Any]) -> bytes:
+Block = TextBlock | ConversationBlock
+
+
+def _joined(arrays: Sequence[IntArray], dtype: np.dtype[Any]) -> IntArray:
     """Concatenate integer arrays and convert them without losing a value."""
     joined = np.concatenate(arrays) if arrays else np.empty(0, dtype)
     if joined.dtype != dtype and len(joined) and (joined.min() < 0 or joined.max() > np.iinfo(dtype).max):
         raise DataError(f"token id {int(joined.max())} does not fit into {dtype.name}")
-    return joined.astype(dtype, copy=False).tobytes()
+    return joined.astype(dtype, copy=False)
 
 
-def _lengths(values: Sequence[int]) -> bytes:
-    return np.asarray(values, dtype=LENGTH_DTYPE).tobytes()
+def starts_of(lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """int64 [n + 1]: where each of n parts begins when they lie one after the other; ends with the total."""
+    values = np.asarray(lengths)
+    starts = np.zeros(len(values) + 1, dtype=np.int64)
+    np.cumsum(values, dtype=np.int64, out=starts[1:])
+    return starts
 
 
-def encode_text_block(documents: Sequence[IntArray], dtype: np.dtype[Any]) -> dict[str, bytes]:
-    """Members of a block of documents, by extension."""
-    return {"tokens.bin": _pack(documents, dtype), "lens.bin": _lengths([len(d) for d in documents])}
+def text_block(documents: Sequence[IntArray], dtype: np.dtype[Any]) -> TextBlock:
+    """A block of the given documents. Raises DataError for an id that does not fit into ``dtype``."""
+    return TextBlock(_joined(documents, dtype), starts_of([len(document) for document in documents]))
 
 
-def encode_conversation_block(
+def conversation_block(
     conversations: Sequence[ConversationTokens], dtype: np.dtype[Any]
-) -> dict[str, bytes]:
-    """Members of a block of conversations, by extension; ``marks.bin`` only when a conversation has marks."""
+) -> ConversationBlock:
+    """A block of the given conversations. Raises DataError for an id that does not fit into ``dtype``."""
     segments = [segment for conversation in conversations for segment in conversation.segments]
-    members = {
-        "tokens.bin": _pack(segments, dtype),
-        "turns.bin": _lengths([len(segment) for segment in segments]),
-        "roles.bin": bytes(role for conversation in conversations for role in conversation.roles),
-        "convs.bin": _lengths([len(conversation.segments) for conversation in conversations]),
-    }
+    marks: IntArray | None = None
     if any(conversation.marks is not None for conversation in conversations):
-        marks: list[IntArray] = []
+        parts: list[IntArray] = []
         for conversation in conversations:
-            marks.extend(conversation.marks or [np.zeros(len(s), _BYTE) for s in conversation.segments])
-        members["marks.bin"] = _pack(marks, _BYTE)
+            parts.extend(conversation.marks or [np.zeros(len(s), _BYTE) for s in conversation.segments])
+        marks = _joined(parts, _BYTE)
+    return ConversationBlock(
+        tokens=_joined(segments, dtype),
+        segment_starts=starts_of([len(segment) for segment in segments]),
+        roles=np.array([role for conversation in conversations for role in conversation.roles], _BYTE),
+        conversation_segments=starts_of([len(conversation.segments) for conversation in conversations]),
+        marks=marks,
+    )
+
+
+def encode_block(block: Block) -> dict[str, bytes]:
+    """Members of the block, by extension; ``marks.bin`` only when the block has marks."""
+    if isinstance(block, TextBlock):
+        return {"tokens.bin": block.tokens.tobytes(), "lens.bin": _lengths(block.document_starts)}
+    members = {
+        "tokens.bin": block.tokens.tobytes(),
+        "turns.bin": _lengths(block.segment_starts),
+        "roles.bin": block.roles.tobytes(),
+        "convs.bin": _lengths(block.conversation_segments),
+    }
+    if block.marks is not None:
+        members["marks.bin"] = block.marks.tobytes()
     return members
+
+
+def _lengths(starts: npt.NDArray[np.int64]) -> bytes:
+    return np.diff(starts).astype(LENGTH_DTYPE).tobytes()
+
+
+def join_blocks(blocks: Sequence[Block]) -> Block:
+    """All documents of ``blocks`` (at least one, all of one kind and token type) in order."""
+    if len(blocks) == 1:
+        return blocks[0]
+    tokens = np.concatenate([block.tokens for block in blocks])
+    if isinstance(blocks[0], TextBlock):
+        texts = [block for block in blocks if isinstance(block, TextBlock)]
+        return TextBlock(tokens, starts_of(np.concatenate([np.diff(b.document_starts) for b in texts])))
+    parts = [block for block in blocks if isinstance(block, ConversationBlock)]
+    marks = None
+    if any(part.marks is not None for part in parts):
+        marks = np.concatenate(
+            [np.zeros(len(p.tokens), _BYTE) if p.marks is None else p.marks for p in parts]
+        )
+    return ConversationBlock(
+        tokens=tokens,
+        segment_starts=starts_of(np.concatenate([np.diff(part.segment_starts) for part in parts])),
+        roles=np.concatenate([part.roles for part in parts]),
+        conversation_segments=starts_of(
+            np.concatenate([np.diff(part.conversation_segments) for part in parts])
+        ),
+        marks=marks,
+    )
+
+
+def slice_documents(block: Block, start: int, stop: int) -> Block:
+    """Documents [start, stop) of the block as views; without marks when none of them is marked."""
+    if isinstance(block, TextBlock):
+        starts = block.document_starts[start : stop + 1]
+        return TextBlock(block.tokens[starts[0] : starts[-1]], starts - starts[0])
+    segments = block.conversation_segments[start : stop + 1]
+    starts = block.segment_starts[segments[0] : segments[-1] + 1]
+    marks = None if block.marks is None else block.marks[starts[0] : starts[-1]]
+    return ConversationBlock(
+        tokens=block.tokens[starts[0] : starts[-1]],
+        segment_starts=starts - starts[0],
+        roles=block.roles[segments[0] : segments[-1]],
+        conversation_segments=segments - segments[0],
+        marks=marks if marks is not None and marks.any() else None,
+    )
+
+
+def select_documents(block: Block, keep: npt.NDArray[np.bool_]) -> Block:
+    """The documents whose entry of ``keep`` [documents] is true, in order."""
+    if keep.all():
+        return block
+    if isinstance(block, TextBlock):
+        lengths = np.diff(block.document_starts)
+        return TextBlock(block.tokens[np.repeat(keep, lengths)], starts_of(lengths[keep]))
+    sizes, lengths = np.diff(block.conversation_segments), np.diff(block.segment_starts)
+    kept_segments = np.repeat(keep, sizes)
+    kept_tokens = np.repeat(kept_segments, lengths)
+    return ConversationBlock(
+        tokens=block.tokens[kept_tokens],
+        segment_starts=starts_of(lengths[kept_segments]),
+        roles=block.roles[kept_segments],
+        conversation_segments=starts_of(sizes[keep]),
+        marks=None if block.marks is None else block.marks[kept_tokens],
+    )
+
+
+def document_lengths(block: Block) -> npt.NDArray[np.int64]:
+    """int64 [documents]: tokens of every document or conversation."""
+    if isinstance(block, TextBlock):
+        return np.diff(block.document_starts)
+    return np.diff(block.segment_starts[block.conversation_segments])
 
 
 def _array(members: Mapping[str, Buffer], name: str, dtype: np.dtype[Any]) -> IntArray:
@@ -150,15 +246,14 @@ def _array(members: Mapping[str, Buffer], name: str, dtype: np.dtype[Any]) -> In
 def _starts(lengths: IntArray, total: int, name: str) -> npt.NDArray[np.int64]:
     if len(lengths) == 0 or lengths.min() == 0:
         raise DataError(f"{name} holds no lengths, or a length of 0")
-    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, dtype=np.int64, out=starts[1:])
+    starts = starts_of(lengths)
     if starts[-1] != total:
         raise DataError(f"{name} sums to {int(starts[-1])} but there are {total}")
     return starts
 
 
 def decode_text_block(members: Mapping[str, Buffer], dtype: np.dtype[Any]) -> TextBlock:
-    """Inverse of :func:`encode_text_block`; the tokens are a view of the member.
+    """Inverse of :func:`encode_block` for text; the tokens are a view of the member.
 
     Raises:
         DataError: a member is missing or the lengths contradict each other.
@@ -168,7 +263,7 @@ def decode_text_block(members: Mapping[str, Buffer], dtype: np.dtype[Any]) -> Te
 
 
 def decode_conversation_block(members: Mapping[str, Buffer], dtype: np.dtype[Any]) -> ConversationBlock:
-    """Inverse of :func:`encode_conversation_block`; tokens, roles and marks are views of the members.
+    """Inverse of :func:`encode_block` for conversations; tokens, roles and marks are views of the members.
 
     Raises:
         DataError: a member is missing, lengths contradict each other, or the roles are out of order.
@@ -197,6 +292,11 @@ def _check_roles(roles: IntArray, first: npt.NDArray[np.int64]) -> None:
     system = (roles == ROLE_SYSTEM) & starts
     if not (query | answer | system).all() or (roles[first[1:] - 1] != ROLE_ANSWER).any():
         raise DataError("roles.bin is not [system] then query and answer in turn")
+
+
+def decode_block(members: Mapping[str, Buffer], kind: Kind, dtype: np.dtype[Any]) -> Block:
+    """Inverse of :func:`encode_block`. Raises DataError for members that contradict each other."""
+    return (decode_text_block if kind == "text" else decode_conversation_block)(members, dtype)
 
 
 def parse_members(span: memoryview) -> dict[str, Buffer]:

@@ -14,7 +14,6 @@ import mmap
 import os
 import struct
 import zlib
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,18 +28,23 @@ from rxt_dist.data.blocks import (
     ROLE_ANSWER,
     ROLE_QUERY,
     ROLE_SYSTEM,
+    Block,
     Buffer,
     ConversationBlock,
     ConversationTokens,
     IntArray,
     TextBlock,
+    conversation_block,
+    decode_block,
     decode_conversation_block,
     decode_text_block,
-    encode_conversation_block,
-    encode_text_block,
+    document_lengths,
+    encode_block,
     parse_members,
+    text_block,
     token_dtype,
 )
+from rxt_dist.data.cutter import BLOCK_BYTES, BLOCK_DOCUMENTS, BlockCutter
 from rxt_dist.data.manifest import Kind, ShardInfo, Split
 from rxt_dist.errors import DataError
 from rxt_dist.files import fsync_folder
@@ -57,11 +61,12 @@ __all__ = [
     "ShardIndex",
     "ShardWriter",
     "TextBlock",
+    "conversation_block",
     "decode_conversation_block",
     "decode_text_block",
-    "encode_conversation_block",
-    "encode_text_block",
+    "encode_block",
     "read_block",
+    "text_block",
     "token_dtype",
 ]
 
@@ -196,7 +201,8 @@ class ShardIndex:
 class ShardWriter:
     """Writes one shard and its index; nothing has the final name before :meth:`close`.
 
-    Use as a context manager to remove the temporary file on an exception.
+    Either whole documents are added, which are grouped into blocks here, or finished blocks. Use as a
+    context manager to remove the temporary file on an exception.
     """
 
     def __init__(
@@ -205,27 +211,22 @@ class ShardWriter:
         kind: Kind,
         dtype: np.dtype[Any],
         shard_number: int,
-        block_documents: int = 64,
-        block_bytes: int = 262144,
+        block_documents: int = BLOCK_DOCUMENTS,
+        block_bytes: int = BLOCK_BYTES,
     ) -> None:
         """``path`` is ``<dataset>/<split>/rxt-<split>-NNNNNN.tar``; its folder must exist."""
         from webdataset import TarWriter  # imports torch: readers should not pay for it
 
         self.path, self.kind, self.dtype = path, kind, dtype
-        self._shard_number, self._block_documents, self._block_bytes = (
-            shard_number,
-            block_documents,
-            block_bytes,
-        )
+        self._shard_number = shard_number
+        self._cutter = BlockCutter(block_documents, block_bytes)
         self._temporary = path.with_name(path.name + ".tmp")
         self._file = self._temporary.open("wb")
         # An integer mtime: the default is a float, which makes every member a larger PAX one and the file
         # impossible to rebuild.
         self._tar = TarWriter(self._file, encoder=False, mtime=0)
-        self._pending: list[Any] = []
-        self._pending_bytes = 0
-        self._blocks: list[tuple[int, int, int, int]] = []
-        self._columns = {name: array("I") for name in list(_CONVERSATION_ARRAYS)[1:]}
+        self._spans: list[tuple[int, int]] = []
+        self._columns: list[dict[str, npt.NDArray[Any]]] = []
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -243,35 +244,20 @@ class ShardWriter:
 
     def add(self, document: IntArray | ConversationTokens) -> None:
         """Append a document (array of ids) or a conversation, according to the kind of the shard."""
-        tokens = document.num_tokens if isinstance(document, ConversationTokens) else len(document)
-        size = tokens * self.dtype.itemsize
-        if self._pending and self._pending_bytes + size > self._block_bytes:
-            self._flush()
-        self._pending.append(document)
-        self._pending_bytes += size
-        self._columns["document_tokens"].append(tokens)
         if isinstance(document, ConversationTokens):
-            roles = document.roles
-            lengths = [len(segment) for segment in document.segments]
-            has_system = roles[0] == ROLE_SYSTEM
-            self._columns["system_tokens"].append(lengths[0] if has_system else 0)
-            self._columns["interactions"].append(len(lengths) // 2)
-            self._columns["query_tokens"].extend(lengths[int(has_system) :: 2])
-            self._columns["answer_tokens"].extend(lengths[int(has_system) + 1 :: 2])
-        if len(self._pending) >= self._block_documents:
-            self._flush()
+            added: Block = conversation_block([document], self.dtype)
+        else:
+            added = text_block([document], self.dtype)
+        for block in self._cutter.add(added):
+            self.write_block(block)
 
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        encode = encode_text_block if self.kind == "text" else encode_conversation_block
-        members = encode(self._pending, self.dtype)
-        key = f"{self._shard_number:06d}_{len(self._blocks):06d}"
+    def write_block(self, block: Block) -> None:
+        """Append a finished block."""
+        key = f"{self._shard_number:06d}_{len(self._spans):06d}"
         start = self.bytes_written
-        self._tar.write({"__key__": key, **members})
-        tokens = len(members["tokens.bin"]) // self.dtype.itemsize
-        self._blocks.append((start, self.bytes_written - start, len(self._pending), tokens))
-        self._pending, self._pending_bytes = [], 0
+        self._tar.write({"__key__": key, **encode_block(block)})
+        self._spans.append((start, self.bytes_written - start))
+        self._columns.append(_index_columns(block))
 
     def close(self) -> ShardInfo:
         """Finish the tar, write the index beside it, give both their final names.
@@ -279,8 +265,9 @@ class ShardWriter:
         Raises:
             DataError: nothing was added.
         """
-        self._flush()
-        if not self._blocks:
+        for block in self._cutter.finish():
+            self.write_block(block)
+        if not self._spans:
             self.abort()
             raise DataError(f"{self.path}: a shard needs at least one document")
         self._tar.close()
@@ -288,17 +275,26 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         with self._temporary.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            rows = [(o, n, d, t, _crc32(data, o, n)) for o, n, d, t in self._blocks]
+            crcs = [_crc32(data, offset, size) for offset, size in self._spans]
             sha256, size = hashlib.sha256(data).hexdigest(), len(data)
-        blocks = np.array(rows, BLOCK_DTYPE)
-        names = list(_TEXT_ARRAYS if self.kind == "text" else _CONVERSATION_ARRAYS)[1:]
-        columns: dict[str, Any] = {name: np.array(self._columns[name], LENGTH_DTYPE) for name in names}
-        index = ShardIndex(self.kind, self.dtype, blocks, **columns)
+        index = self._index(crcs)
         index_path = self.path.with_suffix(".idx")
         index.write(index_path)
         self._temporary.replace(self.path)
         fsync_folder(self.path.parent)
         return self._info(index, size, sha256, hashlib.sha256(index_path.read_bytes()).hexdigest())
+
+    def _index(self, crcs: list[int]) -> ShardIndex:
+        lengths = [columns["document_tokens"] for columns in self._columns]
+        rows = [
+            (offset, size, len(tokens), int(tokens.sum(dtype=np.int64)), crc)
+            for (offset, size), tokens, crc in zip(self._spans, lengths, crcs, strict=True)
+        ]
+        columns = {
+            name: np.concatenate([part[name] for part in self._columns]).astype(LENGTH_DTYPE)
+            for name in self._columns[0]
+        }
+        return ShardIndex(self.kind, self.dtype, np.array(rows, BLOCK_DTYPE), **columns)
 
     def _info(self, index: ShardIndex, size: int, sha256: str, idx_sha256: str) -> ShardInfo:
         units = index.document_tokens.astype(np.int64)
@@ -329,14 +325,25 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
 
+def _index_columns(block: Block) -> dict[str, npt.NDArray[Any]]:
+    """What the index says of the documents of a block."""
+    columns: dict[str, npt.NDArray[Any]] = {"document_tokens": document_lengths(block)}
+    if isinstance(block, ConversationBlock):
+        lengths, first = np.diff(block.segment_starts), block.conversation_segments[:-1]
+        has_system = block.roles[first] == ROLE_SYSTEM
+        columns["interactions"] = (np.diff(block.conversation_segments) - has_system) // 2
+        columns["system_tokens"] = np.where(has_system, lengths[first], 0)
+        columns["query_tokens"] = lengths[block.roles == ROLE_QUERY]
+        columns["answer_tokens"] = lengths[block.roles == ROLE_ANSWER]
+    return columns
+
+
 def _crc32(data: Buffer, offset: int, size: int) -> int:
     with memoryview(data) as view, view[offset : offset + size] as span:
         return zlib.crc32(span)
 
 
-def read_block(
-    shard: Buffer, index: ShardIndex, block: int, *, check_crc: bool = True
-) -> TextBlock | ConversationBlock:
+def read_block(shard: Buffer, index: ShardIndex, block: int, *, check_crc: bool = True) -> Block:
     """Decode one block of a shard given as its bytes or a memory map.
 
     The arrays of the result are views of ``shard``; ``check_crc=False`` is for a block already checked.
@@ -356,8 +363,7 @@ def read_block(
         raise DataError(f"block {block}: crc32 does not match the index")
     try:
         members = parse_members(span)
-        decode = decode_text_block if index.kind == "text" else decode_conversation_block
-        decoded = decode(members, index.dtype)
+        decoded = decode_block(members, index.kind, index.dtype)
     except DataError as error:
         raise DataError(f"block {block}: {error}") from error
     if decoded.num_documents != int(row["documents"]) or len(decoded.tokens) != int(row["tokens"]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,14 +39,14 @@ class LaneInteractions(TensorRecord):
     target_marks: torch.Tensor
     """uint8 [t] d >= 1: the target can only be known from the interaction d interactions earlier."""
     present: torch.Tensor
-    """bool [b] False where the lane has no such interaction: its sequence is then a single [PAD], because a
+    """bool [b] False where the lane has nothing to read here: its sequence is then a single [PAD], because a
     sequence without keys has no defined attention, and nothing of it may be used."""
     reset: torch.Tensor
     """bool [b] a conversation begins here: it reads a fresh STM."""
     visits: torch.Tensor
     """int64 [b] number of the conversation in the endless stream; keys the fresh STM."""
     numbers: torch.Tensor
-    """int64 [b] number of the interaction in its conversation, from 0."""
+    """int64 [b] number of the interaction in its conversation, from 0; -1 for a system prompt."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,10 @@ class WindowBatch(TensorRecord):
     """int64 [b] global numbers of the lanes: consecutive, ascending."""
     first_lane: int
     """The first of them, on the host."""
-    look_back: LaneInteractions | None
-    """The interaction before position 0 (nothing supervised); absent in lanes whose position 0 is a reset.
-    None if the loader was told not to read it."""
+    look_backs: tuple[LaneInteractions, ...]
+    """W of them: what is written before each position (nothing supervised), which is the interaction before
+    it, or the system prompt of a conversation that begins there; absent in lanes that have neither. Empty if
+    the loader was told not to read them."""
     positions: tuple[LaneInteractions, ...]
     """W of them, all present in every lane."""
 
@@ -102,13 +104,15 @@ class LaneLoader(PrefetchedLoader[WindowStep]):
         pad_id: int,
         stm_size: int,
         look_back: bool = True,
+        system_prompts: bool = False,
         state: LaneState | None = None,
         prefetch_steps: int = 2,
         pin_memory: bool = False,
     ) -> None:
         """``key`` identifies the stage of the run: schedule and token keys derive from it. ``stm_size``
-        bounds the "slots" that an interaction counts for. ``look_back``: also read the interaction before
-        the window, for stages that carry the STM from before its write.
+        bounds the "slots" that an interaction counts for. ``look_back``: also read what is written before
+        each position, for stages that carry the STM from before a write; with ``system_prompts`` the
+        system prompts of conversations are among it.
 
         Raises:
             ConfigError: ``lanes`` is not a multiple of ``dp_size * micro_lanes``, or ``window`` < 1.
@@ -133,6 +137,7 @@ class LaneLoader(PrefetchedLoader[WindowStep]):
             pad_id=pad_id,
             stm_size=stm_size,
             look_back=look_back,
+            system_prompts=system_prompts,
             pin_memory=pin_memory and torch.cuda.is_available(),
         )
         first = LaneState.initial(lanes) if state is None else state
@@ -152,6 +157,7 @@ class _RankPlan:
     pad_id: int
     stm_size: int
     look_back: bool
+    system_prompts: bool
     pin_memory: bool
 
     def steps(self, state: LaneState) -> Iterator[WindowStep]:
@@ -183,39 +189,30 @@ class _RankPlan:
         return [{name: int(column[w]) for name, column in columns.items()} for w in range(self.window)]
 
     def _batch(self, window: LaneWindow, lanes: Int64Array) -> WindowBatch:
-        pieces, visits = self._pieces(window)[lanes], window.visits[lanes]
-        numbers, everywhere = window.interactions[lanes], np.ones(len(lanes), dtype=np.bool_)
-        look_back = None
-        if self.look_back:
-            present = numbers[:, 0] > 0
-            look_back = self._read(
-                pieces[:, 0] - 1, visits[:, 0], numbers[:, 0] - 1, present, supervise=False
+        pieces, conversations = self._pieces(window)[lanes], window.conversations[lanes]
+        numbers, visits = window.interactions[lanes], window.visits[lanes]
+        look_backs = [
+            self._read(
+                pieces[:, w] - 1,
+                visits=visits[:, w],
+                numbers=numbers[:, w] - 1,
+                present=numbers[:, w] > 0,
+                supervise=False,
+                prompts=conversations[:, w] if self.system_prompts else None,
             )
-        positions = tuple(
-            self._read(pieces[:, w], visits[:, w], numbers[:, w], everywhere, supervise=True)
+            for w in range(self.window if self.look_back else 0)
+        ]
+        everywhere = np.ones(len(lanes), dtype=np.bool_)
+        positions = [
+            self._read(
+                pieces[:, w], visits=visits[:, w], numbers=numbers[:, w], present=everywhere, supervise=True
+            )
             for w in range(self.window)
-        )
-        return WindowBatch(torch.from_numpy(lanes), int(lanes[0]), look_back, positions)
+        ]
+        return WindowBatch(torch.from_numpy(lanes), int(lanes[0]), tuple(look_backs), tuple(positions))
 
-    def _read(
-        self,
-        pieces: Int64Array,
-        visits: Int64Array,
-        numbers: Int64Array,
-        present: BoolArray,
-        *,
-        supervise: bool,
-    ) -> LaneInteractions:
-        return read_interactions(
-            self.source,
-            pieces,
-            visits=visits,
-            numbers=numbers,
-            present=present,
-            token_key=self.token_key,
-            pad_id=self.pad_id,
-            supervise=supervise,
-        )
+    def _read(self, pieces: Int64Array, **options: Any) -> LaneInteractions:
+        return read_interactions(self.source, pieces, token_key=self.token_key, pad_id=self.pad_id, **options)
 
 
 def read_interactions(
@@ -228,23 +225,33 @@ def read_interactions(
     token_key: int,
     pad_id: int,
     supervise: bool,
+    prompts: Int64Array | None = None,
 ) -> LaneInteractions:
     """Read one interaction a lane; ``pieces``, ``visits`` and ``numbers`` [b] count where ``present``.
+
+    Where it is not, the system prompt of conversation ``prompts`` [b] is read in its place, if it has one.
 
     Raises:
         DataError: a shard is missing or damaged.
     """
-    read = pieces[present]
+    prompted = np.zeros(len(pieces), dtype=np.bool_)
+    if prompts is not None:
+        prompted = ~present & (source.prompt_kept[prompts] > 0)
+    spoken = pieces[present]
     lengths = np.ones(len(pieces), dtype=np.int64)
-    lengths[present] = source.lengths[read]
+    lengths[present] = source.lengths[spoken]
+    if prompts is not None:
+        lengths[prompted] = source.prompt_kept[prompts[prompted]]
     real = np.repeat(present, lengths)
     tokens = np.full(len(real), pad_id, dtype=np.int64)
-    tokens[real] = source.read_tokens(read)
+    tokens[real] = source.read_tokens(spoken)
+    if prompts is not None and prompted.any():
+        tokens[np.repeat(prompted, lengths)] = source.read_prompts(prompts[prompted])
     marks = np.zeros(len(real), dtype=np.uint8)
     targets = np.zeros(len(pieces), dtype=np.int64)
     if supervise:
-        marks[real] = source.read_marks(read)
-        targets[present] = source.answer_kept[read]
+        marks[real] = source.read_marks(spoken)
+        targets[present] = source.answer_kept[spoken]
     next_index = supervised_rows(lengths, targets)
     lane_keys = fold_in(fold_in(token_key, visits), numbers)
     token_keys = fold_in(np.repeat(lane_keys, lengths), piece_positions(lengths))
@@ -255,7 +262,7 @@ def read_interactions(
         next_index=torch.from_numpy(next_index),
         next_targets=torch.from_numpy(tokens[next_index + 1]),
         target_marks=torch.from_numpy(marks[next_index + 1]),
-        present=torch.from_numpy(present.copy()),
+        present=torch.from_numpy(present | prompted),
         reset=torch.from_numpy(present & (numbers == 0)),
         visits=torch.from_numpy(visits.copy()),
         numbers=torch.from_numpy(numbers.copy()),

@@ -13,7 +13,7 @@ Shape legend: G lanes, W positions of a window, C conversations.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,69 +24,45 @@ from rxt_dist.errors import DataError
 
 BoolArray = npt.NDArray[np.bool_]
 
-_NO_CONVERSATION = -1
+_NONE = -1  # the conversation and interaction of a lane that has had none
+_LANE_ENTRIES = ("epochs", "conversations", "visits", "served")
+_CELLS_AHEAD = 1 << 17  # lanes x positions that are planned at once; small datasets: at most an epoch
 
 
 @dataclass(frozen=True, eq=False)
-class LaneState:
-    """State of the schedule between two positions: a place in the stream and what every lane holds."""
+class _Cells:
+    """What lanes serve at some positions of time."""
 
-    epoch: int
-    """Epoch of the next conversation of the stream."""
-    place: int
-    """Conversations already taken of that epoch."""
-    epochs: Int64Array
-    """[G] epoch of the lane's conversation."""
-    conversations: Int64Array
-    """[G] the lane's conversation, -1 before its first."""
-    served: Int64Array
-    """[G] interactions already served of it."""
-    visits: Int64Array
-    """[G] number of the conversation in the endless stream."""
+    cells: Int64Array
+    """[4, G, ...] epoch, conversation, visit and interaction, as the properties describe them."""
 
-    @classmethod
-    def initial(cls, lanes: int) -> LaneState:
-        """The state before the first position: nothing taken, every lane free."""
-        zeros = np.zeros(lanes, dtype=np.int64)
-        return cls(0, 0, zeros, np.full(lanes, _NO_CONVERSATION, dtype=np.int64), zeros, zeros)
+    @property
+    def epochs(self) -> Int64Array:
+        """Epoch in which the conversation is visited."""
+        row: Int64Array = self.cells[0]
+        return row
 
-    def to_dict(self) -> dict[str, int | list[int]]:
-        """Plain data for a checkpoint."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in values.items()}
+    @property
+    def conversations(self) -> Int64Array:
+        row: Int64Array = self.cells[1]
+        return row
 
-    @classmethod
-    def from_dict(cls, state: Mapping[str, object]) -> LaneState:
-        """Inverse of :meth:`to_dict`. Raises DataError if entries are missing, unknown or malformed."""
-        if set(state) != {field.name for field in fields(cls)}:
-            raise DataError(f"lane state: found the entries {sorted(state)}, valid are {cls._names()}")
-        values: dict[str, int | Int64Array] = {}
-        for name, value in state.items():
-            lowest = _NO_CONVERSATION if name == "conversations" else 0
-            is_list = name not in ("epoch", "place")
-            numbers: list[Any] = value if isinstance(value, list) else [value]
-            if isinstance(value, list) != is_list or any(type(v) is not int or v < lowest for v in numbers):
-                valid = "a list of integers" if is_list else "an integer"
-                raise DataError(f"lane state: {name} is malformed, valid is {valid} >= {lowest}")
-            values[name] = np.array(numbers, dtype=np.int64) if is_list else numbers[0]
-        return cls(**values)  # type: ignore[arg-type]
+    @property
+    def visits(self) -> Int64Array:
+        """Number of the conversation in the endless stream: different for every visit of every epoch."""
+        row: Int64Array = self.cells[2]
+        return row
 
-    @classmethod
-    def _names(cls) -> list[str]:
-        return sorted(field.name for field in fields(cls))
+    @property
+    def interactions(self) -> Int64Array:
+        """Number of the interaction in its conversation, from 0."""
+        row: Int64Array = self.cells[3]
+        return row
 
 
 @dataclass(frozen=True, eq=False)
-class LaneWindow:
+class LaneWindow(_Cells):
     """W consecutive positions of all lanes; every array is [G, W]."""
-
-    epochs: Int64Array
-    """Epoch in which the conversation is visited."""
-    conversations: Int64Array
-    interactions: Int64Array
-    """Number of the interaction in its conversation, from 0."""
-    visits: Int64Array
-    """Number of the conversation in the endless stream: different for every visit of every epoch."""
 
     @property
     def resets(self) -> BoolArray:
@@ -94,75 +70,194 @@ class LaneWindow:
         return np.equal(self.interactions, 0)
 
 
+@dataclass(frozen=True, eq=False)
+class LaneState(_Cells):
+    """State of the schedule between two positions: a place in the stream, and what every lane served last.
+
+    The arrays are [G]; before its first conversation a lane has conversation and interaction -1.
+    """
+
+    epoch: int
+    """Epoch of the next conversation of the stream."""
+    place: int
+    """Conversations already taken of that epoch."""
+
+    @property
+    def served(self) -> Int64Array:
+        """[G] interactions already served of the lane's conversation."""
+        return self.interactions + 1
+
+    @classmethod
+    def initial(cls, lanes: int) -> LaneState:
+        """The state before the first position: nothing taken, every lane free."""
+        row = np.array([[0], [_NONE], [0], [_NONE]])
+        return cls(np.repeat(row, lanes, axis=1), 0, 0)
+
+    def to_dict(self) -> dict[str, int | list[int]]:
+        """Plain data for a checkpoint."""
+        lists = {name: getattr(self, name).tolist() for name in _LANE_ENTRIES}
+        return {"epoch": self.epoch, "place": self.place, **lists}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, object]) -> LaneState:
+        """Inverse of :meth:`to_dict`. Raises DataError if entries are missing, unknown or malformed."""
+        valid_names = sorted(("epoch", "place", *_LANE_ENTRIES))
+        if sorted(state) != valid_names:
+            raise DataError(f"lane state: found the entries {sorted(state)}, valid are {valid_names}")
+        for name, value in state.items():
+            lowest = _NONE if name == "conversations" else 0
+            is_list = name in _LANE_ENTRIES
+            numbers: list[Any] = value if isinstance(value, list) else [value]
+            if isinstance(value, list) != is_list or any(type(v) is not int or v < lowest for v in numbers):
+                valid = "a list of integers" if is_list else "an integer"
+                raise DataError(f"lane state: {name} is malformed, valid is {valid} >= {lowest}")
+        lists: list[Any] = [state[name] for name in _LANE_ENTRIES]
+        lengths = {name: len(values) for name, values in zip(_LANE_ENTRIES, lists, strict=True)}
+        if len(set(lengths.values())) > 1:
+            raise DataError(f"lane state: found lists of the lengths {lengths}, valid is one entry a lane")
+        cells = np.array(lists, dtype=np.int64)
+        cells[3] -= 1
+        place: Any = state["place"]
+        epoch: Any = state["epoch"]
+        return cls(cells, epoch, place)
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """T consecutive positions of all lanes."""
+
+    cells: Int64Array
+    """[4, G, T], read-only."""
+    visits: list[int]
+    """[T + 1] conversations of the endless stream that begin before each position."""
+
+    @property
+    def positions(self) -> int:
+        return int(self.cells.shape[2])
+
+    def window(self, start: int, stop: int, conversations: int) -> tuple[LaneWindow, LaneState]:
+        """Positions ``start`` to ``stop``, and the state after them; the dataset has ``conversations``."""
+        epoch, place = divmod(self.visits[stop], conversations)
+        window = LaneWindow(self.cells[:, :, start:stop])
+        return window, LaneState(self.cells[:, :, stop - 1], epoch, place)
+
+
 class LaneSchedule:
-    """The schedule of one dataset split. Stateless but for a cache: all state is in :class:`LaneState`."""
+    """The schedule of one dataset split.
+
+    A pure function of its arguments and a :class:`LaneState`. What it keeps between calls only makes it fast:
+    the permutation of an epoch (8 bytes a conversation; twice that while the next one is made), and a plan
+    of ``_CELLS_AHEAD`` cells (32 bytes each), from which the windows that follow one another are cut.
+    """
 
     def __init__(self, interaction_counts: npt.ArrayLike, *, key: int, lanes: int) -> None:
-        """``interaction_counts`` [C], each at least 1.
+        """``interaction_counts`` [C], each at least 1; an integer array is not copied.
 
         Raises:
             DataError: there is no conversation, or one without an interaction.
         """
-        self._counts = np.asarray(interaction_counts, dtype=np.int64)
-        if self._counts.size == 0:
+        counts = np.asarray(interaction_counts)
+        if counts.size == 0:
             raise DataError("the dataset has no conversations for the lanes, at least one is needed")
-        if self._counts.min() < 1:
-            raise DataError(f"conversation {int(self._counts.argmin())} has no interactions")
+        if counts.min() < 1:
+            raise DataError(f"conversation {int(counts.argmin())} has no interactions")
+        self._counts = counts
+        self._interactions = int(counts.sum(dtype=np.int64))
         self._key = key
         self._lanes = lanes
-        self._cached: tuple[int, Int64Array] = (-1, self._counts)
+        self._permuted: tuple[int, Int64Array] | None = None
+        self._planned: tuple[_Plan, int, LaneState] | None = None
 
     def next_window(self, state: LaneState, width: int) -> tuple[LaneWindow, LaneState]:
-        """The ``width`` positions after ``state``, and the state after them.
+        """The ``width`` >= 1 positions after ``state``, and the state after them. The arrays are read-only.
 
         Raises:
             DataError: the state is not one of this dataset and number of lanes.
         """
-        self._check(state)
-        epoch, place = state.epoch, state.place
-        held = np.stack((state.epochs, state.conversations, state.visits))  # [3, G]
-        served = state.served.copy()
-        left = np.where(held[1] == _NO_CONVERSATION, 0, self._counts[held[1]] - served)
-        window = np.empty((4, self._lanes, width), dtype=np.int64)
-        for position in range(width):
-            free = np.flatnonzero(left == 0)
-            if free.size:
-                held[:, free], epoch, place = self._take(epoch, place, free.size)
-                left[free] = self._counts[held[1, free]]
-                served[free] = 0
-            window[:3, :, position] = held
-            window[3, :, position] = served
-            served += 1
-            left -= 1
-        epochs, conversations, visits = held
-        return (
-            LaneWindow(epochs=window[0], conversations=window[1], interactions=window[3], visits=window[2]),
-            LaneState(epoch, place, epochs, conversations, served, visits),
-        )
+        plan, start, planned_state = self._planned or (None, 0, None)
+        if plan is None or planned_state is not state or start + width > plan.positions:
+            self._check(state)
+            windows = min(_CELLS_AHEAD, self._interactions) // (self._lanes * width)
+            plan, start = self._plan(state, width * max(1, windows)), 0
+        window, state = plan.window(start, start + width, len(self._counts))
+        self._planned = (plan, start + width, state)
+        return window, state
 
-    def _take(self, epoch: int, place: int, count: int) -> tuple[Int64Array, int, int]:
-        """The next ``count`` conversations of the stream: rows (epoch, conversation, visit) [3, count], and
-        the place after them."""
-        total = len(self._counts)
+    def _plan(self, state: LaneState, positions: int) -> _Plan:
+        """The ``positions`` positions after ``state``."""
+        lanes, first_visit = self._lanes, state.epoch * len(self._counts) + state.place
+        left = self._left(state)
+        takers, conversations, begun = self._turns(left, first_visit, positions)
+        starts = np.repeat(np.arange(positions), np.diff(begun))
+        visits = first_visit + np.arange(len(takers))
+        held = np.flatnonzero(left)  # lanes in the middle of a conversation: it goes on at position 0
+        runs = np.concatenate(
+            (
+                state.cells[:, held] + np.array([[0], [0], [0], [1]]),
+                np.stack((visits // len(self._counts), conversations, visits, -starts)),
+            ),
+            axis=1,
+        )  # [4, runs]; the last row is the number of the interaction at position 0, were it in the run
+        lengths = np.minimum(self._counts[conversations].astype(np.int64), positions - starts)
+        lengths = np.concatenate((np.minimum(left[held], positions), lengths))
+        order = np.argsort(np.concatenate((held * positions, takers * positions + starts)))
+        cells = np.repeat(runs[:, order], lengths[order], axis=1).reshape(4, lanes, positions)
+        cells[3] += np.arange(positions)
+        cells.flags.writeable = False
+        return _Plan(cells, [first_visit + number for number in begun])
+
+    def _turns(
+        self, left: Int64Array, visit: int, positions: int
+    ) -> tuple[Int64Array, Int64Array, list[int]]:
+        """Which lane takes which conversation of the stream from ``visit`` on.
+
+        Returns lanes [n] and conversations [n] in the order of the stream, and how many begin before each of
+        ``positions`` + 1 positions.
+        """
+        # Lanes by the position at which they are free; those beyond the last one are of no interest.
+        free: list[list[int]] = [[] for _ in range(2 * positions + 1)]
+        for lane, position in enumerate(np.minimum(left, positions).tolist()):
+            free[position].append(lane)
+        takers: list[int] = []
+        lengths: list[int] = []
+        taken: list[Int64Array] = [np.zeros(0, dtype=np.int64)]
+        begun = [0]
+        for position in range(positions):
+            here = sorted(free[position])
+            takers += here
+            if len(takers) > len(lengths):
+                expected = (positions - position) * self._lanes * len(self._counts) // self._interactions
+                count = max(len(takers) - len(lengths), expected)
+                taken.append(self._stream(visit + len(lengths), count))
+                lengths += np.minimum(self._counts[taken[-1]], positions).tolist()
+            for lane, length in zip(here, lengths[begun[-1] : len(takers)], strict=True):
+                free[position + length].append(lane)
+            begun.append(len(takers))
+        return np.array(takers, dtype=np.int64), np.concatenate(taken)[: len(takers)], begun
+
+    def _stream(self, visit: int, count: int) -> Int64Array:
+        """Conversations ``visit`` to ``visit + count`` of the endless stream: int64 [count]."""
         parts: list[Int64Array] = []
         while count:
-            stop = min(place + count, total)
-            places = np.arange(place, stop)
-            conversations = self._permutation(epoch)[place:stop]
-            parts.append(np.stack((np.full(stop - place, epoch), conversations, epoch * total + places)))
-            count -= stop - place
-            epoch, place = (epoch + 1, 0) if stop == total else (epoch, stop)
-        return np.concatenate(parts, axis=1), epoch, place
+            epoch, place = divmod(visit, len(self._counts))
+            part = self._permutation(epoch)[place : place + count]
+            parts.append(part)
+            visit, count = visit + len(part), count - len(part)
+        return np.concatenate(parts)
 
     def _permutation(self, epoch: int) -> Int64Array:
-        if self._cached[0] != epoch:
-            self._cached = (epoch, epoch_permutation(self._key, epoch, len(self._counts)))
-        return self._cached[1]
+        if self._permuted is None or self._permuted[0] != epoch:
+            self._permuted = (epoch, epoch_permutation(self._key, epoch, len(self._counts)))
+        return self._permuted[1]
+
+    def _left(self, state: LaneState) -> Int64Array:
+        """Interactions that each lane's conversation has left: int64 [G], 0 before its first."""
+        counts = self._counts[state.conversations].astype(np.int64)
+        return np.where(state.conversations == _NONE, 0, counts - state.served)
 
     def _check(self, state: LaneState) -> None:
-        arrays = (state.epochs, state.conversations, state.served, state.visits)
-        if any(array.shape != (self._lanes,) for array in arrays):
-            found = sorted({len(array) for array in arrays})
+        found = state.cells.shape[1]
+        if found != self._lanes:
             raise DataError(f"lane state: it has {found} lanes, this run has {self._lanes}")
         total = len(self._counts)
         if state.place >= total or int(state.conversations.max()) >= total:
@@ -174,3 +269,19 @@ class LaneSchedule:
                 f"lane state: lane {lane} has served {int(state.served[lane])} interactions of conversation "
                 f"{int(state.conversations[lane])}, which has fewer: it is of another dataset"
             )
+        self._check_visits(state)
+
+    def _check_visits(self, state: LaneState) -> None:
+        """The stream repeats what the lanes hold, as far as it needs no permutation of a past epoch."""
+        total = len(self._counts)
+        held = state.conversations >= 0
+        epochs, visits = state.epochs[held], state.visits[held]
+        here = epochs == state.epoch
+        expected = self._permutation(state.epoch)[visits[here] % total]
+        if (
+            (epochs != visits // total).any()
+            or (visits >= state.epoch * total + state.place).any()
+            or len(np.unique(visits)) < len(visits)
+            or (expected != state.conversations[held][here]).any()
+        ):
+            raise DataError("lane state: its conversations are not those of this dataset, seed and stage")

@@ -79,6 +79,8 @@ class SplitCounts(_Record):
     tokens: int = Field(ge=0)
     truncated: int = Field(ge=0)
     """Documents, interactions and system texts that lost tokens to ``--max-tokens``."""
+    split: int = Field(default=0, ge=0)
+    """Documents that are pieces of a longer one, made by ``--split-documents``."""
 
 
 class Manifest(_Record):
@@ -95,6 +97,8 @@ class Manifest(_Record):
     tokenizer_sha256: str = Field(pattern=_SHA256)
     max_tokens: int | None = Field(default=None, ge=1)
     """Limit that documents or interactions were truncated to; None: nothing was truncated."""
+    split_documents: int | None = Field(default=None, ge=1)
+    """Size that longer documents were split into; None: no document was split."""
     val_fraction: float = Field(ge=0.0, lt=1.0)
     source: list[SourceInfo]
     counts: dict[Split, SplitCounts]

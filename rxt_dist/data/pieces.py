@@ -129,6 +129,8 @@ class InteractionPieces(_Pieces):
         self.supervised = (self.answer_kept - 1).astype(np.int32)
         self.truncated = int(np.count_nonzero(query + answer > seq_len))
         """Interactions of the split that were cut."""
+        self.prompt_kept = np.minimum(dataset.system_tokens.astype(np.int64), seq_len)
+        """int64 [conversations] tokens kept of every system prompt: its beginning; 0 without one."""
         if self.truncated:
             logger.warning(
                 "%s: %d of %d %s interactions are longer than seq_len %d and are cut",
@@ -148,6 +150,12 @@ class InteractionPieces(_Pieces):
         spans = self._spans(pieces)
         marks = self.dataset.read_mark_spans(*spans)
         return np.zeros(int(spans[2].sum()), dtype=np.uint8) if marks is None else marks
+
+    def read_prompts(self, conversations: Int64Array) -> Int64Array:
+        """Tokens kept of the system prompts of several conversations one after the other: int64 [N].
+        Raises DataError on damage."""
+        starts = np.zeros(len(conversations), dtype=np.int64)
+        return self.dataset.read_spans(conversations, starts, self.prompt_kept[conversations])
 
     def _spans(self, pieces: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
         """Conversations, offsets and lengths of the contiguous token spans that form the pieces: one span

@@ -13,8 +13,9 @@ TOKENIZER_FILE = "tokenizer.json"
 
 PAD, UNK, BOS, EOS, MASK = "[PAD]", "[UNK]", "[BOS]", "[EOS]", "[MASK]"
 QUERY, ANSWER = "[Q]", "[A]"
+NEEDED_TOKENS = (PAD, UNK, BOS, EOS, MASK, QUERY, ANSWER)
 # [T] [C] [U] [I] are reserved by published models for thinking, tool calls, tool use and instructions.
-SPECIAL_TOKENS = (PAD, UNK, BOS, EOS, MASK, QUERY, ANSWER, "[T]", "[C]", "[U]", "[I]")
+SPECIAL_TOKENS = (*NEEDED_TOKENS, "[T]", "[C]", "[U]", "[I]")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -40,19 +41,19 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids of :data:`SPECIAL_TOKENS`, by name.
+    """Ids of :data:`SPECIAL_TOKENS`, by name; published tokenizers may lack reserved ones.
 
     Raises:
-        DataError: the tokenizer lacks one of them.
+        DataError: the tokenizer lacks one of :data:`NEEDED_TOKENS`.
     """
     found: dict[str, int] = {}
     for name in SPECIAL_TOKENS:
         token = tokenizer.token_to_id(name)
         if token is not None:
             found[name] = token
-    missing = [name for name in SPECIAL_TOKENS if name not in found]
+    missing = [name for name in NEEDED_TOKENS if name not in found]
     if missing:
-        needed = " ".join(SPECIAL_TOKENS)
+        needed = " ".join(NEEDED_TOKENS)
         raise DataError(f"the tokenizer lacks the special tokens {' '.join(missing)}; it must have {needed}")
     return found
 

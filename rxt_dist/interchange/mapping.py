@@ -49,29 +49,61 @@ class Entry:
         return replace(self, key=f"{key}.{self.key}", name=f"{name}.{self.name}")
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a checkpoint stores a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 def load_entries(
-    module: nn.Module, entries: list[Entry], state: Mapping[str, torch.Tensor], ignored: set[str]
-) -> None:
+    module: nn.Module, entries: list[Entry], state: Mapping[str, torch.Tensor], others: set[str]
+) -> dict[str, Form]:
     """Copy the tensors of a published ``state`` into the parameters and buffers of ``module``.
 
+    Every tensor of ``state`` is read once. A single number may be stored in any shape of one number.
+    ``module`` becomes float64 if a stored tensor is.
+
+    Args:
+        others: names that may be in ``state`` besides those of ``entries``; they are not read.
+
+    Returns:
+        How each tensor of ``entries`` was stored, by published name.
+
     Raises:
-        CheckpointError: a tensor is missing, is neither expected nor ``ignored``, or has another shape.
+        CheckpointError: a tensor is missing, unexpected, of another shape, or not of floating point numbers.
     """
-    tensors = named_tensors(module)
-    expected = {entry.key: entry.view(tensors[entry.name]) for entry in entries}
-    for key, target in expected.items():
-        shape = tuple(target.shape)
-        if key not in state:
-            raise CheckpointError(f"{key}: missing from the checkpoint; expected a tensor of shape {shape}")
-        if tuple(state[key].shape) != shape:
-            raise CheckpointError(f"{key}: found shape {tuple(state[key].shape)}; expected {shape}")
+    expected = {entry.key for entry in entries}
     for key in state:
-        if key not in expected and key not in ignored:
+        if key not in expected and key not in others:
             found = tuple(state[key].shape)
             raise CheckpointError(f"{key}: found a tensor of shape {found}; expected no tensor of this name")
-    with torch.no_grad():
-        for key, target in expected.items():
-            target.copy_(state[key])
+    tensors = named_tensors(module)
+    forms = {}
+    for entry in entries:
+        target = entry.view(tensors[entry.name].detach())
+        if entry.key not in state:
+            shape = tuple(target.shape)
+            raise CheckpointError(
+                f"{entry.key}: missing from the checkpoint; expected a tensor of shape {shape}"
+            )
+        stored = state[entry.key]
+        forms[entry.key] = Form(stored.shape, stored.dtype)
+        _check_form(entry.key, stored, target.shape)
+        if stored.dtype == torch.float64 != target.dtype:
+            tensors = named_tensors(module.double())
+            target = entry.view(tensors[entry.name].detach())
+        target.copy_(stored.reshape(target.shape))
+    return forms
+
+
+def _check_form(key: str, stored: torch.Tensor, shape: torch.Size) -> None:
+    if stored.shape != shape and not stored.numel() == shape.numel() == 1:
+        raise CheckpointError(f"{key}: found shape {tuple(stored.shape)}; expected {tuple(shape)}")
+    if not stored.dtype.is_floating_point:
+        found = str(stored.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{key}: found {found} numbers; expected floating point numbers")
 
 
 def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -8,14 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from rxt_dist.config import AttentionConfig, EncoderConfig, GateConfig, MemoryAttentionConfig, ModelConfig
 from rxt_dist.config.model import INTERLAYER_VARIANTS, MemoryVariant
-from rxt_dist.errors import CheckpointError
-from rxt_dist.interchange.config import Shapes, any_decoder, attention_heads, choice, model_of
-from rxt_dist.interchange.mapping import Entry, named_tensors
+from rxt_dist.interchange.config import (
+    COMPONENT_DEFAULTS,
+    Shapes,
+    any_decoder,
+    attention_heads,
+    choice,
+    model_of,
+)
+from rxt_dist.interchange.mapping import Entry
 from rxt_dist.model import MemoryAttention
 from rxt_dist.model.memory_attention import StackedAttention
 from rxt_dist.model.memory_gate import MemoryGate
@@ -28,16 +33,25 @@ VARIANTS: dict[str, MemoryVariant] = {
     "RxTInterlayerMemoryAttention": "interlayer",
     "RxTSelfInterlayerMemoryAttention": "self_interlayer",
     "RxTGroupedSelfInterlayerMemoryAttention": "grouped_self_interlayer",
+    "RxTAlphaMemoryAttention": "simple",
 }
-# Where the published constructors differ from those of encoder and decoder.
-MEMORY_DEFAULTS: dict[str, Any] = {
+_SHARED_DEFAULTS = {
+    key: COMPONENT_DEFAULTS[key]
+    for key in (
+        "num_layers",
+        "embed_dim",
+        "att_heads",
+        "seq_len",
+        "stm_size",
+        "att_groups",
+        "att_query_groups",
+        "rope_base",
+        "rope_layout",
+        "rope_angle_dtype",
+    )
+}
+_MEMORY_DEFAULTS: dict[str, Any] = {
     "att_type": "sqa",
-    "interlayer_att_type": "sqa",
-    "interlayer_att_groups": 1,
-    "interlayer_att_query_groups": None,
-    "self_att_groups": 1,
-    "self_att_query_groups": None,
-    "num_groups": 1,
     "norm_type": "classic-rms",
     "norm_init_gate": -2.0,
     "norm_per_dim_scale": False,
@@ -48,10 +62,27 @@ MEMORY_DEFAULTS: dict[str, Any] = {
     "residual_gate_init": 3.0,
     "residual_gate_slot_status_type": "mean",
     "use_tanh_residual_gate": True,
-    "use_gate_for_self_attention": False,
-    "disable_residual": False,
+    # Not an argument of any published constructor: the oldest network has no such norm.
+    "input_norm": True,
 }
-_NORMS: dict[str, Literal["classic_rms", "rms", "adaptive", "positional", "layer"]] = {
+_INTERLAYER_DEFAULTS: dict[str, Any] = {
+    "interlayer_att_type": "sqa",
+    "interlayer_att_groups": 1,
+    "interlayer_att_query_groups": None,
+}
+_VARIANT_DEFAULTS: dict[MemoryVariant, dict[str, Any]] = {
+    "simple": {"disable_residual": False},
+    "self": {
+        "self_att_type": "sqa",
+        "self_att_groups": 1,
+        "self_att_query_groups": None,
+        "use_gate_for_self_attention": False,
+    },
+    "interlayer": _INTERLAYER_DEFAULTS,
+    "self_interlayer": _INTERLAYER_DEFAULTS,
+    "grouped_self_interlayer": {**_INTERLAYER_DEFAULTS, "num_groups": 1},
+}
+NORMS: dict[str, Literal["classic_rms", "rms", "adaptive", "positional", "layer"]] = {
     "classic-rms": "classic_rms",
     "rms": "rms",
     "adaptive": "adaptive",
@@ -80,6 +111,11 @@ _LAYERED = {
 }
 
 
+def memory_defaults(variant: MemoryVariant) -> dict[str, Any]:
+    """What the published constructor of ``variant`` uses for arguments that a config.json leaves out."""
+    return {**_SHARED_DEFAULTS, **_MEMORY_DEFAULTS, **_VARIANT_DEFAULTS[variant]}
+
+
 def memory_attention_config(variant: MemoryVariant, values: Mapping[str, Any], shapes: Shapes) -> ModelConfig:
     """The model of a published memory attention.
 
@@ -88,43 +124,40 @@ def memory_attention_config(variant: MemoryVariant, values: Mapping[str, Any], s
             the configuration leaves open.
 
     Raises:
-        CheckpointError: a value is unknown, or asks for a gate of the self-attention without a gate type
-            of its own.
+        CheckpointError: a value is unknown.
     """
     attention = _attention(values, shapes, "att", "attention_layers")
+    gated = values["use_gated_residual"] or values.get("use_gate_for_self_attention", False)
     others: dict[str, Any] = {}
     if variant in INTERLAYER_VARIANTS:
         others["interlayer_attention"] = _attention(values, shapes, "interlayer_att", "mean_attention_layers")
     if variant == "self":
         others["self_attention"] = _attention(values, shapes, "self_att", "self_attention_layers")
         others["gate_self_attention"] = values["use_gate_for_self_attention"]
-        if values["use_gate_for_self_attention"] and not values["use_gated_residual"]:
-            raise CheckpointError(
-                "config: use_gate_for_self_attention is True and use_gated_residual False; "
-                "valid: both gates, the residual gate alone, or none"
-            )
+        others["gate_residual"] = values["use_gated_residual"] or not values["use_gate_for_self_attention"]
     if variant == "grouped_self_interlayer":
         others["num_groups"] = values["num_groups"]
     memory = MemoryAttentionConfig(
         variant=variant,
         heads=values["att_heads"],
         attention=attention,
-        norm=choice(values, "norm_type", _NORMS),
+        norm=choice(values, "norm_type", NORMS),
         norm_gate_init=values["norm_init_gate"],
         norm_per_dim_scale=values["norm_per_dim_scale"],
         norm_decay=values["norm_decay"],
-        gate=_gate(values),
-        residual=not (variant == "simple" and values["disable_residual"]),
+        gate=_gate(values, gated),
+        residual=not values.get("disable_residual", False),
+        input_norm=values["input_norm"],
         **others,
     )
     encoder = EncoderConfig(
-        num_layers=values["num_layers"], heads=memory.heads, ff_dim=values["ff_dim"], attention=attention
+        num_layers=values["num_layers"], heads=memory.heads, ff_dim=1, attention=attention
     )
-    return model_of(values, encoder, any_decoder(encoder), memory)
+    return model_of({**COMPONENT_DEFAULTS, **values}, encoder, any_decoder(encoder), memory)
 
 
 def _attention(values: Mapping[str, Any], shapes: Shapes, prefix: str, place: str) -> AttentionConfig:
-    rows = shapes.get(f"model.{place}.0.q_proj.weight", (None,))[0]
+    rows = shapes.rows(f"model.{place}.0.q_proj.weight")
     own = {
         "att_heads": values["att_heads"],
         "embed_dim": values["embed_dim"],
@@ -136,15 +169,15 @@ def _attention(values: Mapping[str, Any], shapes: Shapes, prefix: str, place: st
     return AttentionConfig(query_heads=query, kv_heads=kv)
 
 
-def _gate(values: Mapping[str, Any]) -> GateConfig:
-    if not values["use_gated_residual"]:
+def _gate(values: Mapping[str, Any], gated: bool) -> GateConfig:
+    if not gated:
         return GateConfig(type="off")
     return GateConfig(
         type=choice(values, "residual_gate_type", _GATES),
         per_slot=values["residual_per_slot_gate"],
         activation="tanh" if values["use_tanh_residual_gate"] else "sigmoid",
         slot_status=choice(values, "residual_gate_slot_status_type", _STATUS),
-        init=values["residual_gate_init"],
+        init=float(values["residual_gate_init"]),
     )
 
 
@@ -185,16 +218,3 @@ def _parts(module: nn.Module, layer: int) -> Iterator[Entry]:
             names.update({"slot_status.weight": "status.weight", "slot_status.bias": "status.bias"})
     for key, name in names.items():
         yield Entry(key, name, expert=layer)
-
-
-def reshape_numbers(
-    network: MemoryAttention, entries: list[Entry], state: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """``state`` with single numbers in our shape of a number: they are stored as [], [1] or [1, 1]."""
-    result = dict(state)
-    tensors = named_tensors(network)
-    for entry in entries:
-        stored, shape = state.get(entry.key), entry.view(tensors[entry.name]).shape
-        if stored is not None and stored.numel() == shape.numel() == 1:
-            result[entry.key] = stored.reshape(shape)
-    return result

@@ -90,6 +90,7 @@ def attention(
         q = q.repeat(1, k.shape[1] // q.shape[1], 1)
     if q.shape[0] == 0 or k.shape[0] == 0:
         return _no_rows(q, k, v)
+    causal = causal and layout.max_q > 1  # a group's only query sees all: no mask while generating
     return _backend(q, k, v, layout, causal, 1.0 / math.sqrt(q.shape[2]) if scale is None else scale)
 
 

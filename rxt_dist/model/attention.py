@@ -14,6 +14,7 @@ from torch import nn
 
 from rxt_dist.config import AttentionConfig
 from rxt_dist.kernels.attention import AttentionLayout, attention
+from rxt_dist.model.cache import KeysValues, LayerCache
 from rxt_dist.model.initialisation import Distribution, Normal
 from rxt_dist.model.norm import RMSNorm
 from rxt_dist.model.rope import Rotation
@@ -54,6 +55,7 @@ class SelfAttention(_Attention):
 
     Args of forward:
         x: [N, D], normed; layout: groups of the N rows; rotation: angles of the rows, None without RoPE.
+        cache: what came before these rows, of which ``layout`` speaks too; None if nothing did.
 
     Returns [N, D].
     """
@@ -67,13 +69,21 @@ class SelfAttention(_Attention):
         query, kv = self.query_heads * self.head_width, self.kv_heads * self.head_width
         return {"qkv.weight": [("q.weight", query), ("k.weight", kv), ("v.weight", kv)]}
 
-    def forward(self, x: torch.Tensor, layout: AttentionLayout, rotation: Rotation | None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        layout: AttentionLayout,
+        rotation: Rotation | None,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
         heads = self._heads(self.qkv(x))
         q, k, v = torch.split(heads, [self.query_heads, self.kv_heads, self.kv_heads], dim=-2)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
             q, k = rotation.apply(q), rotation.apply(k)
+        if cache is not None:
+            k, v = cache.append(k, v)
         return self._project(attention(q, k, v, layout, causal=self.causal), x)
 
 
@@ -81,14 +91,15 @@ class CrossAttention(_Attention):
     """Attention of tokens to memory rows. Queries are rotated by token position, keys are not.
 
     Args of forward:
-        x: [N, D], normed; memory: [M, D], normed where the model norms it; layout: tokens to memory rows;
+        x: [N, D], normed; memory: what :meth:`read` made of the memory; layout: tokens to memory rows;
         rotation: angles of the N tokens, None without RoPE.
 
     Returns [N, D].
     """
 
-    def __init__(self, width: int, head_width: int, config: AttentionConfig) -> None:
+    def __init__(self, width: int, head_width: int, config: AttentionConfig, *, causal: bool) -> None:
         super().__init__(width, head_width, config)
+        self.causal = causal
         self.q = nn.Linear(width, config.query_heads * head_width, bias=False)
         self.kv = nn.Linear(width, 2 * config.kv_heads * head_width, bias=False)
 
@@ -96,13 +107,17 @@ class CrossAttention(_Attention):
         kv = self.kv_heads * self.head_width
         return {"kv.weight": [("k.weight", kv), ("v.weight", kv)]}
 
+    def read(self, memory: torch.Tensor) -> KeysValues:
+        """Keys and values of memory rows [M, D], normed where the model norms them."""
+        k, v = torch.split(self._heads(self.kv(memory)), self.kv_heads, dim=-2)
+        return KeysValues(k if self.key_norm is None else self.key_norm(k), v)
+
     def forward(
-        self, x: torch.Tensor, memory: torch.Tensor, layout: AttentionLayout, rotation: Rotation | None
+        self, x: torch.Tensor, memory: KeysValues, layout: AttentionLayout, rotation: Rotation | None
     ) -> torch.Tensor:
         q = self._heads(self.q(x))
-        k, v = torch.split(self._heads(self.kv(memory)), self.kv_heads, dim=-2)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
+        if self.query_norm is not None:
+            q = self.query_norm(q)
         if rotation is not None:
-            q = rotation.apply(q)
-        return self._project(attention(q, k, v, layout, causal=False), x)
+            q = rotation.apply_one_sided(q)
+        return self._project(attention(q, memory.keys, memory.values, layout, causal=self.causal), x)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import nn
 
 from rxt_dist.config import ModelConfig
+from rxt_dist.model.cache import KeysValues, KeyValueCache, LayerCache
 from rxt_dist.model.feedforward import FeedForward
 from rxt_dist.model.heads import LMHead, vocabulary
 from rxt_dist.model.layer import Layer
@@ -15,7 +18,7 @@ from rxt_dist.model.layout import SequenceLayout
 from rxt_dist.model.memory import Memory
 from rxt_dist.model.moe import MoE
 from rxt_dist.model.norm import make_norm
-from rxt_dist.model.rope import Rotation
+from rxt_dist.model.rope import RopeSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,8 @@ class Decoder(nn.Module):
 
     Args of forward:
         tokens: int64 [N]; layout: the sequences they form; memory: states [L, M, D] and who reads them.
+        cache: keys and values of the tokens before these, to which this pass adds its own; ``layout`` is
+            then what :meth:`KeyValueCache.begin` made. Without gradients only.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -47,7 +52,8 @@ class Decoder(nn.Module):
         part = config.decoder
         width = config.embed_dim
         self.head_width = width // part.heads
-        self.rope_base = config.rope_base if part.use_rope else None
+        self.causal_cross = part.causal_cross
+        self.rope = RopeSettings.of(config) if part.use_rope else None
         self.embedding = nn.Embedding(vocabulary(config), width)
         self.stateless_layers = nn.ModuleList(_stateless(config, kind) for kind in part.stateless_layers)
         self.layers = nn.ModuleList(_memory_layer(config) for _ in range(part.num_layers))
@@ -57,24 +63,43 @@ class Decoder(nn.Module):
         self.head_norm = None if part.head_norm == "none" else make_norm(part.head_norm, width)
         self.lm_head = LMHead(config)
 
-    def forward(self, tokens: torch.Tensor, layout: SequenceLayout, memory: Memory | None) -> DecoderOutput:
-        rotation = None
-        if self.rope_base is not None:
-            rotation = Rotation.at(layout.positions, self.head_width, self.rope_base)
+    def new_cache(self, sequences: int) -> KeyValueCache:
+        """An empty cache for generating ``sequences`` sequences at once."""
+        layers = len(self.stateless_layers) + len(self.layers) + len(self.final_stateless_layers)
+        return KeyValueCache(layers, sequences, self.embedding.weight.device)
+
+    def read(self, states: torch.Tensor) -> list[KeysValues]:
+        """Keys and values of the memory rows [L, M, D] of every layer, to be made once and read often."""
+        return [layer.read(rows) for layer, rows in zip(self.layers, states, strict=True)]  # type: ignore[operator]
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        layout: SequenceLayout,
+        memory: Memory | None,
+        cache: KeyValueCache | None = None,
+    ) -> DecoderOutput:
         groups = layout.self_attention
         x = self.embedding(tokens)
+        rotation = (
+            None if self.rope is None else self.rope.rotation(layout.positions, self.head_width, x.dtype)
+        )
         balances: list[torch.Tensor | None] = []
+        caches: Iterator[LayerCache | None] = repeat(None) if cache is None else iter(cache.layers)
         for layer in self.stateless_layers:
-            x, balance = layer(x, groups, rotation)
+            x, balance = layer(x, groups, rotation, cache=next(caches))
             balances.append(balance)
+        rows = None
+        if memory is not None:
+            rows = memory.up_to_position(layout) if self.causal_cross else memory.layout
         for index, layer in enumerate(self.layers):
             if memory is None:
-                x, balance = layer(x, groups, rotation)
+                x, balance = layer(x, groups, rotation, cache=next(caches))
             else:
-                x, balance = layer(x, groups, rotation, memory.states[index], memory.layout)
+                x, balance = layer(x, groups, rotation, memory.states[index], rows, cache=next(caches))
             balances.append(balance)
         for layer in self.final_stateless_layers:
-            x, _ = layer(x, groups, rotation)
+            x, _ = layer(x, groups, rotation, cache=next(caches))
         if self.head_norm is not None:
             x = self.head_norm(x)
         present = [balance for balance in balances if balance is not None]
@@ -111,5 +136,6 @@ def _memory_layer(config: ModelConfig) -> Layer:
         causal=True,
         norm=config.norm,
         cross_attention=part.cross_attention,
+        causal_cross=part.causal_cross,
         stm_norm=part.stm_norm,
     )

@@ -10,14 +10,16 @@ from rxt_dist.model.feedforward import FeedForward
 from rxt_dist.model.heads import vocabulary
 from rxt_dist.model.layer import Layer
 from rxt_dist.model.layout import SequenceLayout
-from rxt_dist.model.rope import Rotation
+from rxt_dist.model.memory import Memory
+from rxt_dist.model.rope import RopeSettings
 
 
 class Encoder(nn.Module):
     """Token ids -> residual stream after every layer (there is no final norm).
 
     Args of forward:
-        tokens: int64 [N]; layout: the sequences they form.
+        tokens: int64 [N]; layout: the sequences they form; memory: what models read whose encoder reads a
+            memory, states [L, M, D] and who reads them; None for all others.
 
     Returns [L, N, D]; the encoder's output proper is the last layer.
     """
@@ -26,7 +28,7 @@ class Encoder(nn.Module):
         super().__init__()
         part = config.encoder
         self.head_width = config.embed_dim // part.heads
-        self.rope_base = config.rope_base if part.use_rope else None
+        self.rope = RopeSettings.of(config) if part.use_rope else None
         self.embedding = nn.Embedding(vocabulary(config), config.embed_dim)
         self.layers = nn.ModuleList(
             Layer(
@@ -37,22 +39,28 @@ class Encoder(nn.Module):
                 causal=False,
                 norm=config.norm,
                 cross_attention=part.memory_cross_attention,
+                stm_norm=part.stm_norm,
             )
             for _ in range(part.num_layers)
         )
         for layer in self.layers:
-            # The encoder never reads the memory: these weights are carried along, not trained.
-            for unused in (layer.cross_norm, layer.cross_attention):
-                if isinstance(unused, nn.Module):
-                    unused.requires_grad_(False)
+            # Weights of the cross-attention are carried along, not trained.
+            for untrained in (layer.cross_norm, layer.stm_norm, layer.cross_attention):
+                if isinstance(untrained, nn.Module):
+                    untrained.requires_grad_(False)
 
-    def forward(self, tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        rotation = None
-        if self.rope_base is not None:
-            rotation = Rotation.at(layout.positions, self.head_width, self.rope_base)
+    def forward(
+        self, tokens: torch.Tensor, layout: SequenceLayout, memory: Memory | None = None
+    ) -> torch.Tensor:
         x = self.embedding(tokens)
+        rotation = (
+            None if self.rope is None else self.rope.rotation(layout.positions, self.head_width, x.dtype)
+        )
         outputs = []
-        for layer in self.layers:
-            x, _ = layer(x, layout.self_attention, rotation)
+        for index, layer in enumerate(self.layers):
+            if memory is None:
+                x, _ = layer(x, layout.self_attention, rotation)
+            else:
+                x, _ = layer(x, layout.self_attention, rotation, memory.states[index], memory.layout)
             outputs.append(x)
         return torch.stack(outputs)

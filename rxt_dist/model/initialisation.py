@@ -60,8 +60,9 @@ def linear_default(fan_in: int) -> Uniform:
 def initialise(model: nn.Module, seed: int) -> None:
     """Draw every parameter of ``model`` in place, as a pure function of ``seed`` and canonical names.
 
-    A module states what its parameters start from in ``initial_distributions()``: names relative to it ->
-    distribution; linear, embedding and norm layers have defaults. A module with the attribute
+    A module states what its parameters start from in ``initial_distributions()``: names relative to it, of
+    parameters or of canonical parts of fused ones -> distribution; linear, embedding and norm layers have
+    defaults. A module with the attribute
     ``first_expert`` holds stacked experts from that number on, and each is drawn by itself.
 
     Raises:
@@ -82,7 +83,8 @@ def initialise(model: nn.Module, seed: int) -> None:
         for part, (canonical, _) in zip(
             torch.split(parameter, [size for _, size in names[name]]), names[name], strict=True
         ):
-            _draw(part, distributions[name], derive_key(seed, "init", canonical))
+            distribution = distributions.get(canonical, distributions[name])
+            _draw(part, distribution, derive_key(seed, "init", canonical))
 
 
 def _draw(target: torch.Tensor, distribution: Distribution, key: int) -> None:

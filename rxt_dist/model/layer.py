@@ -13,6 +13,7 @@ from torch import nn
 from rxt_dist.config import AttentionConfig
 from rxt_dist.kernels.attention import AttentionLayout
 from rxt_dist.model.attention import CrossAttention, SelfAttention
+from rxt_dist.model.cache import KeysValues, LayerCache
 from rxt_dist.model.feedforward import FeedForward
 from rxt_dist.model.moe import MoE
 from rxt_dist.model.norm import make_norm
@@ -24,8 +25,9 @@ class Layer(nn.Module):
 
     Args of forward:
         x: [N, D] residual stream; layout: groups of self-attention; rotation: None without RoPE.
-        memory: [M, D] rows of this layer's memory and memory_layout: which tokens read which of them;
-            None skips the cross-attention.
+        memory: [M, D] rows of this layer's memory, or what :meth:`read` made of them, and memory_layout:
+            which tokens read which of them; None skips the cross-attention.
+        cache: keys and values of the tokens before these; None if there are none.
 
     Returns ([N, D] residual stream, fp32 scalar balance sum of a mixture of experts or None).
     """
@@ -40,6 +42,7 @@ class Layer(nn.Module):
         causal: bool,
         norm: Literal["rms", "layer"],
         cross_attention: AttentionConfig | None = None,
+        causal_cross: bool = False,
         stm_norm: bool = False,
     ) -> None:
         super().__init__()
@@ -51,21 +54,27 @@ class Layer(nn.Module):
         if cross_attention is not None:
             self.cross_norm = make_norm(norm, width)
             self.stm_norm = make_norm(norm, width) if stm_norm else None
-            self.cross_attention = CrossAttention(width, head_width, cross_attention)
+            self.cross_attention = CrossAttention(width, head_width, cross_attention, causal=causal_cross)
         self.feed_forward_norm = make_norm(norm, width)
         self.feed_forward = feed_forward
+
+    def read(self, memory: torch.Tensor) -> KeysValues:
+        """Keys and values of this layer's memory rows [M, D]; of a layer with cross-attention."""
+        assert self.cross_attention is not None
+        return self.cross_attention.read(memory if self.stm_norm is None else self.stm_norm(memory))
 
     def forward(
         self,
         x: torch.Tensor,
         layout: AttentionLayout,
         rotation: Rotation | None,
-        memory: torch.Tensor | None = None,
+        memory: torch.Tensor | KeysValues | None = None,
         memory_layout: AttentionLayout | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        x = x + self.attention(self.attention_norm(x), layout, rotation)
+        x = x + self.attention(self.attention_norm(x), layout, rotation, cache)
         if self.cross_attention is not None and self.cross_norm is not None and memory is not None:
-            rows = memory if self.stm_norm is None else self.stm_norm(memory)
+            rows = memory if isinstance(memory, KeysValues) else self.read(memory)
             x = x + self.cross_attention(self.cross_norm(x), rows, memory_layout, rotation)
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, FeedForward):

@@ -21,7 +21,7 @@ from rxt_dist.model.initialisation import Distribution, Normal
 from rxt_dist.model.layout import SequenceLayout
 from rxt_dist.model.memory_gate import MemoryGate, mix
 from rxt_dist.model.memory_norm import MixedNorm, make_memory_norm, normed
-from rxt_dist.model.rope import Rotation
+from rxt_dist.model.rope import RopeSettings, Rotation
 from rxt_dist.model.stacked import Stacked, StackedLinear, StackedRMSNorm
 
 GateValues = dict[str, torch.Tensor]
@@ -105,7 +105,7 @@ class StackedAttention(Stacked):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
-            k = rotation.apply(k)
+            k = rotation.apply_one_sided(k)
         heads = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout, causal=False)
         joined = heads.flatten(-2).view(*queries.shape[:2], self.out.weight.shape[2])
         if self.gate is not None:
@@ -127,6 +127,7 @@ class MemoryAttention(nn.Module):
 
     Args of forward:
         stm: [L, B, S, D], the dtype in which the memory accumulates (projections run in the weights' dtype).
+            S is free in networks without a parameter for each slot; see :attr:`fixed_slots`.
         encoded: [L, N, D], the encoder's residual stream after each layer.
         layout: the B sequences of the N tokens; sequence b is the interaction of lane b.
         present: bool [B], lanes that have an interaction; None for all. The others keep their memory, and
@@ -141,8 +142,10 @@ class MemoryAttention(nn.Module):
         part = config.memory_attention
         layers, slots, width = config.decoder.num_layers, config.stm_size, config.embed_dim
         self.layers, self.slots, self.width, self.groups = layers, slots, width, part.num_groups
+        gates_per_slot = part.gate.type == "linear" or (part.gate.type != "off" and part.gate.per_slot)
+        self.fixed_slots = gates_per_slot or part.norm == "positional"
         self.variant, self.residual = part.variant, part.residual
-        self.head_width, self.rope_base = width // part.heads, config.rope_base
+        self.head_width, self.rope = width // part.heads, RopeSettings.of(config)
 
         def norm(count: int = layers) -> StackedRMSNorm | MixedNorm:
             return make_memory_norm(part, count, slots, width)
@@ -154,8 +157,9 @@ class MemoryAttention(nn.Module):
             chosen: GateConfig = part.gate
             return MemoryGate(chosen, layers, slots, width) if gated and chosen.type != "off" else None
 
-        self.norm, self.input_norm = norm(), StackedRMSNorm(layers, width)
-        self.attention, self.gate = attends(), gate()
+        self.norm = norm()
+        self.input_norm = StackedRMSNorm(layers, width) if part.input_norm else None
+        self.attention, self.gate = attends(), gate(part.gate_residual)
         if self.variant == "self":
             self.self_norm, self.self_attention = norm(), attends(part.self_attention)
             self.self_gate = gate(part.gate_self_attention)
@@ -186,11 +190,13 @@ class MemoryAttention(nn.Module):
             absent = ~present
             stm = stm.masked_fill(absent[:, None, None], 0.0)
             encoded = encoded.masked_fill(absent[layout.sequence_ids][:, None], 0.0)
-        groups = MemoryGroups.of(layout, self.layers, self.slots)
-        rotation = Rotation.at(layout.positions, self.head_width, self.rope_base)
+        groups = MemoryGroups.of(layout, self.layers, stm.shape[2])
+        dtype = self.attention.q.weight.dtype
+        rotation = self.rope.rotation(layout.positions, self.head_width, dtype)
         old = self._read_memory(stm, groups.slots, present, gates)
         queries = normed(self.norm, old, present).flatten(1, 2)
-        update = self.attention(queries, self.input_norm(encoded), groups.tokens, rotation).view(stm.shape)
+        sources = encoded if self.input_norm is None else self.input_norm(encoded)
+        update = self.attention(queries, sources, groups.tokens, rotation).view(stm.shape)
         after = self._mix("gate", old, update, gates) if self.residual else update
         after = after.to(stm.dtype)
         return after if present is None else torch.where(present[:, None, None], after, before)
@@ -225,7 +231,8 @@ class MemoryAttention(nn.Module):
         return mixture
 
     def _check(self, stm: torch.Tensor, encoded: torch.Tensor, layout: SequenceLayout) -> None:
-        expected = (self.layers, layout.num_sequences, self.slots, self.width)
+        slots = self.slots if self.fixed_slots or stm.dim() != 4 else stm.shape[2]
+        expected = (self.layers, layout.num_sequences, slots, self.width)
         if tuple(stm.shape) != expected:
             raise ValueError(f"stm: found shape {tuple(stm.shape)}; expected {expected}")
         if tuple(encoded.shape) != (self.layers, layout.num_tokens, self.width):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from rxt_dist.config import ModelConfig
+from rxt_dist.model.attention import SelfAttention
 from rxt_dist.model.decoder import Decoder
 from rxt_dist.model.encoder import Encoder
 from rxt_dist.model.heads import MLMHead
-from rxt_dist.model.initialisation import Distribution, Normal, initialise
+from rxt_dist.model.initialisation import Distribution, Normal, Uniform, initialise, linear_default
 from rxt_dist.model.memory_attention import MemoryAttention
 from rxt_dist.model.moe import MoE
 
@@ -30,7 +34,16 @@ class RxTModel(nn.Module):
         self.memory_attention = MemoryAttention(config)
 
     def initial_distributions(self) -> dict[str, Distribution]:
-        return {"encoder.embedding.weight": Normal(std=self.config.embedding_std)}
+        bound = linear_default(self.config.embed_dim).bound * self.config.query_key_init_scale
+        return {
+            "encoder.embedding.weight": Normal(std=self.config.embedding_std),
+            **{
+                f"{name}.{part}.weight": Uniform(bound)
+                for name, module in self.named_modules()
+                if isinstance(module, SelfAttention)
+                for part in ("q", "k")
+            },
+        }
 
 
 def build_model(config: ModelConfig, seed: int) -> RxTModel:
@@ -48,24 +61,43 @@ def build_model(config: ModelConfig, seed: int) -> RxTModel:
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
-    """Parameters of a model with this vocabulary, without building it.
+    """Parameters of a model with this vocabulary, without memory for any of them.
 
     Returns:
-        Counts by name. ``encoder``, ``decoder``, ``mlm_head``, ``memory_attention``: each by itself,
-        embedding included. ``total``: sum of the final model's components, without
-        the MLM head. ``unique``: the same with the shared embedding counted once. ``decoder_active`` and
-        ``active``: ``decoder`` and ``unique`` less the experts that a token does not visit.
+        Counts by name. ``total``: sum of the final model's components, without the MLM head. ``unique``:
+        the same with the shared embedding counted once. ``active``: ``unique`` less the experts that a token
+        does not visit. ``encoder``, ``decoder``, ``memory_attention``, ``mlm_head``: each by itself, the
+        embedding included where it has one. ``decoder_active``: ``decoder`` less the experts that a token
+        does not visit. ``embedding``: the embedding that encoder and decoder share.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = RxTModel(config.model_copy(update={"vocab_size": vocab_size}))
-    counts = {name: _numel(component) for name, component in model.named_children()}
+    components = {name: _numel(component) for name, component in model.named_children()}
     idle = sum(_idle(module) for module in model.decoder.modules() if isinstance(module, MoE))
-    final = nn.ModuleList(child for name, child in model.named_children() if name != "mlm_head")
-    counts["total"] = sum(_numel(component) for component in final)
-    counts["unique"] = _numel(final)
-    counts["active"] = counts["unique"] - idle
-    counts["decoder_active"] = counts["decoder"] - idle
-    return counts
+    unique = _numel(model) - components["mlm_head"]
+    return {
+        "total": sum(components.values()) - components["mlm_head"],
+        "unique": unique,
+        "active": unique - idle,
+        "encoder": components["encoder"],
+        "decoder": components["decoder"],
+        "decoder_active": components["decoder"] - idle,
+        "memory_attention": components["memory_attention"],
+        "mlm_head": components["mlm_head"],
+        "embedding": _numel(model.encoder.embedding),
+    }
+
+
+class _Unfilled(TorchFunctionMode):
+    """Skips the initialisation of modules: on the meta device it costs a second of imports for nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _numel(module: nn.Module) -> int:

@@ -85,7 +85,9 @@ class Router(nn.Module):
         self.proj = nn.Linear(width, num_experts, bias=False)
 
     def forward(self, x: torch.Tensor) -> Routing:
-        probabilities = torch.softmax(self.proj(x), dim=-1, dtype=torch.float32)
+        logits = self.proj(x)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        probabilities = torch.softmax(logits, dim=-1, dtype=dtype)
         top, experts = probabilities.topk(self.top_k, dim=-1)
         mass = top.sum(dim=-1)
         return Routing(top / (mass[:, None] + _WEIGHT_EPS), experts, mass)
@@ -168,7 +170,9 @@ class SharedExperts(nn.Module):
         return {**experts, "output_bias": Constant(0.0)}
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        share = torch.softmax(self.gate(x), dim=-1, dtype=torch.float32)  # [N, S]
+        logits = self.gate(x)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        share = torch.softmax(logits, dim=-1, dtype=dtype)  # [N, S]
         hidden = torch.matmul(x, self.w_in.transpose(1, 2))  # [S, N, inner]
         if self.b_in is not None:
             hidden = hidden + self.b_in[:, None]

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021), on adjacent channel pairs, with fp32 angles.
+"""Rotary position embedding (Su et al., 2021), on adjacent channel pairs.
 
 Shape legend: N tokens, H heads, d head width.
 """
@@ -7,8 +7,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
+
+from rxt_dist.config import ModelConfig
+
+Layout = Literal["interleaved", "halves"]
+
+
+def rotary_frequencies(head_width: int, base: float, device: torch.device | str = "cpu") -> torch.Tensor:
+    """``base^(-2i/d)`` of every channel pair i, fp32 [d/2]."""
+    exponent = torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width
+    return 1.0 / torch.pow(base, exponent)
+
+
+def rotary_angles(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """Angles of int64 ``positions`` [N] for fp32 ``frequencies`` [d/2]: fp32 [N, d/2]."""
+    return positions.to(torch.float32)[:, None] * frequencies
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,19 +32,27 @@ class Rotation:
     """Cosines and sines of every token's angles, shared by all layers of a component.
 
     Attributes:
-        cos, sin: fp32 [N, 1, d/2].
+        cos, sin: [N, 1, d/2] in the dtype of the angles.
+        layout: where the members of a rotated pair go; see :meth:`apply_one_sided`.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
+    layout: Layout = "interleaved"
 
     @classmethod
-    def at(cls, positions: torch.Tensor, head_width: int, base: float) -> Rotation:
-        """Angles ``position * base^(-2i/d)`` for int64 ``positions`` [N]."""
-        exponent = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions.device) / head_width
-        frequency = torch.pow(torch.full_like(exponent, base), -exponent)
-        angle = positions.to(torch.float32)[:, None, None] * frequency
-        return cls(angle.cos(), angle.sin())
+    def at(
+        cls,
+        positions: torch.Tensor,
+        head_width: int,
+        base: float,
+        layout: Layout = "interleaved",
+        dtype: torch.dtype = torch.float32,
+    ) -> Rotation:
+        """Angles ``position * base^(-2i/d)`` for int64 ``positions`` [N], rounded to ``dtype``."""
+        frequencies = rotary_frequencies(head_width, base, positions.device)
+        angle = rotary_angles(positions, frequencies)[:, None].to(dtype)
+        return cls(angle.cos(), angle.sin(), layout)
 
     @cached_property
     def phasor(self) -> torch.Tensor:
@@ -36,12 +60,45 @@ class Rotation:
         return torch.complex(self.cos, self.sin)
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotate channel pairs (2i, 2i+1) of ``x`` [..., N, H, d]; same shape and dtype."""
+        """Rotate channel pairs (2i, 2i+1) of ``x`` [..., N, H, d]; same shape and dtype.
+
+        For attentions that rotate queries and keys alike: their scores do not depend on the layout.
+        """
+        return self._pairs(x).flatten(-2)
+
+    def apply_one_sided(self, x: torch.Tensor) -> torch.Tensor:
+        """As :meth:`apply`, where the other side of the attention is not rotated.
+
+        With the layout ``halves`` the first members of all rotated pairs come before all second members.
+        """
+        pairs = self._pairs(x)
+        return (pairs.transpose(-1, -2) if self.layout == "halves" else pairs).flatten(-2)
+
+    def _pairs(self, x: torch.Tensor) -> torch.Tensor:
+        """The rotated pairs, [..., N, H, d/2, 2]."""
         pairs = x.view(*x.shape[:-1], x.shape[-1] // 2, 2)
-        if x.device.type == "cpu" and x.dtype == torch.float32:
+        if x.device.type == "cpu" and x.dtype == self.cos.dtype == torch.float32:
             # One complex product is several times as fast on CPU; a compiled GPU graph wants the real form.
-            return torch.view_as_real(torch.view_as_complex(pairs) * self.phasor).flatten(-2)
+            return torch.view_as_real(torch.view_as_complex(pairs) * self.phasor)
         even, odd = pairs.unbind(-1)
         cos, sin = self.cos, self.sin
-        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-        return rotated.flatten(-2).to(x.dtype)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class RopeSettings:
+    """How a model rotates: what :meth:`Rotation.at` takes besides positions and sizes."""
+
+    base: float
+    layout: Layout
+    round_angles: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> RopeSettings:
+        return cls(config.rope_base, config.rope_layout, config.rope_angle_dtype == "activation")
+
+    def rotation(self, positions: torch.Tensor, head_width: int, dtype: torch.dtype) -> Rotation:
+        """The rotation at int64 ``positions`` [N] for activations of ``dtype``."""
+        # In wider activations angles stay fp32: published tables are.
+        rounded = self.round_angles and dtype.itemsize < torch.float32.itemsize
+        return Rotation.at(positions, head_width, self.base, self.layout, dtype if rounded else torch.float32)

@@ -8,7 +8,13 @@ from __future__ import annotations
 import torch
 
 from rxt_dist.config import ModelConfig
-from rxt_dist.randomness import fold_in_tensor, normal_tensor, uniform_tensor
+from rxt_dist.randomness import derive_key, fold_in_tensor, normal_tensor, signed_key, uniform_tensor
+
+
+def initial_stm(config: ModelConfig, seed: int) -> torch.Tensor:
+    """The memory that all conversations of a run with ``seed`` start from where they share one, and that a
+    decoder reads which trains alone: fp32 [L, 1, S, D] on the CPU."""
+    return draw_stm(config, torch.tensor([signed_key(derive_key(seed, "stm"))]))
 
 
 def draw_stm(config: ModelConfig, keys: torch.Tensor) -> torch.Tensor:

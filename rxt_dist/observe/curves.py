@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rxt_dist.errors import DataError
+from rxt_dist.observe.figures import Draw, draw_panels
+from rxt_dist.observe.memory_plot import draw_recall, has_recall
 from rxt_dist.observe.metrics_file import EVALUATION_FILE, METRICS_FILE, read_metrics
 
 CURVES_FILE = "curves.png"
-
-_WIDTH_PER_STAGE = 6.0
-_HEIGHT = 4.0
-_DOTS_PER_INCH = 110
 
 Record = dict[str, Any]
 
@@ -41,22 +40,13 @@ def plot_curves(run_dir: Path, memory: Record | None = None) -> Path:
         raise DataError(
             f"{run_dir / METRICS_FILE}: no record of a training step with a loss, nothing to draw"
         )
-    memory = memory or next(
-        (r["memory"] for r in reversed(evaluations) if _has_recall(r.get("memory"))), None
-    )
-    figure_class, agg_canvas = _matplotlib()
-    count = len(stages) + (1 if _has_recall(memory) else 0)
-    figure = figure_class(figsize=(_WIDTH_PER_STAGE * count, _HEIGHT), layout="constrained")
-    # A canvas of its own instead of pyplot: no global state, and no display is ever looked for.
-    canvas = agg_canvas(figure)
-    panels = figure.subplots(1, count, squeeze=False)[0]
-    for panel, stage in zip(panels, stages, strict=False):
-        _draw_stage(panel, stage, metrics, evaluations)
-    if memory is not None and count > len(stages):
-        _draw_recall(panels[-1], memory)
-    path = run_dir / CURVES_FILE
-    canvas.print_figure(path, dpi=_DOTS_PER_INCH)
-    return path
+    memory = memory or next((r["memory"] for r in reversed(evaluations) if has_recall(r.get("memory"))), None)
+    panels: list[Draw] = [
+        partial(_draw_stage, stage=stage, metrics=metrics, evaluations=evaluations) for stage in stages
+    ]
+    if memory is not None and has_recall(memory):
+        panels.append(partial(draw_recall, memory=memory))
+    return draw_panels(run_dir / CURVES_FILE, panels)
 
 
 def _draw_stage(panel: Any, stage: str, metrics: Sequence[Record], evaluations: Sequence[Record]) -> None:
@@ -73,27 +63,7 @@ def _draw_stage(panel: Any, stage: str, metrics: Sequence[Record], evaluations: 
     panel.set_title(stage)
     panel.set_xlabel("step (lines: training, dots: evaluation)")
     panel.set_ylabel("loss")
-    panel.grid(visible=True, alpha=0.3)
     panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-
-
-def _has_recall(memory: Record | None) -> bool:
-    return memory is not None and any(kind["recall_by_distance"] for kind in memory.values())
-
-
-def _draw_recall(panel: Any, memory: Record) -> None:
-    """Share of marked tokens answered correctly, by distance, with each memory."""
-    for name, kind in memory.items():
-        pairs = {int(distance): pair for distance, pair in kind["recall_by_distance"].items()}
-        distances = sorted(pairs)
-        shares = [pairs[d][0] / pairs[d][1] for d in distances]
-        panel.plot(distances, shares, marker="o", label=f"{name} memory")
-    panel.set_title("recall")
-    panel.set_xlabel("distance in interactions")
-    panel.set_ylabel("marked tokens answered correctly")
-    panel.set_ylim(0.0, 1.0)
-    panel.grid(visible=True, alpha=0.3)
-    panel.legend(frameon=False)
 
 
 def _series(records: Iterable[Record]) -> dict[str, tuple[list[int], list[float]]]:
@@ -113,15 +83,3 @@ def _losses(record: Record) -> dict[str, float]:
         for name, value in record.items()
         if (name == "loss" or name.endswith("_loss")) and isinstance(value, (int, float, str))
     }
-
-
-def _matplotlib() -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DataError(
-            "drawing curves needs matplotlib, which cannot be imported "
-            f"({error}); install it with: pip install 'rxt-dist[monitoring]'"
-        ) from error
-    return Figure, FigureCanvasAgg

@@ -8,6 +8,7 @@ maximum over ranks, never their sum.
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Mapping
@@ -29,6 +30,14 @@ from rxt_dist import __version__
 _STEP_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _WAIT_BUCKETS = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 60.0)
 _SAVE_BUCKETS = (0.1, 0.5, 1.0, 5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 900.0, 1800.0)
+_MEMORY_GAUGES = {
+    "memory_rms": "Root mean square of the short-term memories",
+    "memory_between_share": "Share of the memories' energy that differs between conversations",
+    "memory_slot_cosine": "Mean cosine between two slots of a memory",
+    "write_gate_mean": "Mean of the write gate, the share of a memory that a write replaces",
+    "write_gate_std": "Standard deviation of the write gate",
+    "reset_share": "Share of interactions that began a conversation",
+}
 _REPORTED_PACKAGES = ("torch", "deepspeed", "megatron-core")
 
 
@@ -59,6 +68,7 @@ class TrainMetrics:
         self.registry = CollectorRegistry()
         self._add_training_metrics()
         self._add_data_and_checkpoint_metrics()
+        self._add_memory_metrics()
         self._run_info = Info("rxt_run", "Configuration of the run", registry=self.registry)
         build_info = Info("rxt_build", "Versions of the program and its engines", registry=self.registry)
         build_info.info(_build_facts())
@@ -130,6 +140,13 @@ class TrainMetrics:
             registry=registry,
         )
 
+    def _add_memory_metrics(self) -> None:
+        self._memory = {
+            name: Gauge(f"rxt_{name}", f"{text}; NaN outside the memory stages", registry=self.registry)
+            for name, text in _MEMORY_GAUGES.items()
+        }
+        self.clear_losses()
+
     def set_state(self, state: TrainState) -> None:
         """Publish what the process does now; entering ``TRAINING`` restarts the clock of stalled training."""
         self._state.state(state.value)
@@ -183,9 +200,16 @@ class TrainMetrics:
         self._grad_norm.set(grad_norm)
         self._learning_rate.set(learning_rate)
 
+    def record_memory(self, statistics: Mapping[str, float | None]) -> None:
+        """Publish the statistics of the memory of a logged step, by name; None: not known."""
+        for name, gauge in self._memory.items():
+            value = statistics.get(name)
+            gauge.set(math.nan if value is None else value)
+
     def clear_losses(self) -> None:
-        """Forget the loss components, at the start of a stage: another stage may have other ones."""
+        """Forget losses and memory statistics, at the start of a stage: another one may have other ones."""
         self._loss.clear()
+        self.record_memory({})
 
     def record_checkpoint(self, step: int, seconds: float) -> None:
         """Publish a complete checkpoint of ``step`` that took ``seconds`` of wall time."""

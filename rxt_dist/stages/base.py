@@ -7,6 +7,7 @@ micro-batches.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from rxt_dist.model import SequenceLayout
 from rxt_dist.randomness import derive_key, fold_in_tensor, signed_key
 
 CROSS_ENTROPY_CHUNK = 4096
+NEVER = math.inf
+"""Start of a component that does not train in a stage at all."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,14 @@ class StageModule(nn.Module, ABC):
     """Factor in the loss of every term, by metric name; 0 for one that is only reported. The order is that
     of the metric vector and is known before the first batch."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.starts: dict[str, float] = {}
+        """Optimizer step of the stage from which a component trains, by the name of the submodule: 0 where
+        it is not listed, NEVER for one that is frozen throughout."""
+        self.step = 0
+        """The optimizer step of the stage that is computed now."""
+
     @property
     def metric_names(self) -> tuple[str, ...]:
         return tuple(self.weights)
@@ -55,9 +66,26 @@ class StageModule(nn.Module, ABC):
         returned, in stages without lanes.
         """
 
-    @abstractmethod
     def frozen_parameters(self) -> Iterator[nn.Parameter]:
-        """Registered parameters that take no part in training."""
+        """Registered parameters that take no part in training: those of components that never start.
+
+        A parameter of two components (the embedding) starts with the earlier of them.
+        """
+        starts = self._parameter_starts()
+        return (parameter for parameter in self.parameters() if starts[parameter] == NEVER)
+
+    def parameter_groups(self) -> dict[int, list[nn.Parameter]]:
+        """Trainable parameters by the step of the stage from which they train, ascending."""
+        starts = self._parameter_starts()
+        groups: dict[int, list[nn.Parameter]] = {}
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                groups.setdefault(int(starts[parameter]), []).append(parameter)
+        return dict(sorted(groups.items()))
+
+    def trains(self, component: str) -> bool:
+        """Whether the parameters of ``component`` are updated in the present step."""
+        return self.starts.get(component, 0) <= self.step
 
     @abstractmethod
     def local_counts(self, batch: Any) -> dict[str, int]:
@@ -71,6 +99,14 @@ class StageModule(nn.Module, ABC):
     def next_token_logits(self, tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
         """Logits [B, V] of the token after each of the B sequences in ``tokens`` [N]; if it generates."""
         raise NotImplementedError
+
+    def observe(self, device: torch.device | None) -> None:
+        """From now on collect what :meth:`observations` reports, on ``device``; None: stop it."""
+
+    def observations(self, counts: Mapping[str, int]) -> dict[str, float | None]:
+        """Statistics of the optimizer step since :meth:`observe`, over all ranks; ``counts`` are the global
+        ones of the step. Collective. Waits for the device."""
+        return {}
 
     def forward(
         self, batch: Any, counts: Mapping[str, int], stm: torch.Tensor | None = None
@@ -86,12 +122,47 @@ class StageModule(nn.Module, ABC):
             name: terms[name].total.float() / max(1, counts[terms[name].count]) for name in self.weights
         }
         loss = torch.stack([shares[name] * weight for name, weight in self.weights.items()]).sum()
-        return loss, torch.stack([loss.detach(), *(share.detach() for share in shares.values())]), carried
+        metrics = torch.stack([loss.detach(), *(share.detach() for share in shares.values())])
+        if any(self.step < start < NEVER for start in self.starts.values()):
+            groups = self.parameter_groups().items()
+            waiting = [parameter for start, group in groups if start > self.step for parameter in group]
+            loss = _WithZeroGradients.apply(loss, *waiting)  # type: ignore[no-untyped-call]
+        return loss, metrics, carried
 
     def freeze(self) -> None:
         """Take the frozen parameters out of training; must precede the engine."""
-        for parameter in self.frozen_parameters():
+        for parameter in list(self.frozen_parameters()):
             parameter.requires_grad_(False)
+
+    def call(self, component: str, *arguments: Any) -> Any:
+        """The result of a component, whose parameters get no gradient while it is frozen; its inputs do."""
+        module = self.get_submodule(component)
+        if self.trains(component) or not torch.is_grad_enabled():
+            return module(*arguments)
+        constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
+        return torch.func.functional_call(module, constants, arguments)
+
+    def _parameter_starts(self) -> dict[nn.Parameter, float]:
+        starts: dict[nn.Parameter, float] = {}
+        for name, component in self.named_children():
+            for parameter in component.parameters():
+                start = self.starts.get(name, 0)
+                starts[parameter] = min(start, starts.get(parameter, NEVER))
+        return starts
+
+
+class _WithZeroGradients(torch.autograd.Function):
+    """The loss, with a gradient of zero for parameters that are still frozen: the engine reduces gradients
+    in buckets and expects one of every parameter that it owns."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*parameters)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradients[0], *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
 def uses(components: str, part: str) -> bool:

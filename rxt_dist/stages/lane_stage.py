@@ -1,19 +1,24 @@
-"""What the two stages over conversation lanes share: fresh memories and resets.
+"""What the two stages over conversation lanes share: fresh memories, resets, recomputation, statistics.
 
-Shape legend: L memory layers, b lanes of a micro-batch, S STM slots, D embedding width.
+Shape legend: L memory layers, b lanes of a micro-batch, S STM slots, D embedding width, W positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from rxt_dist.config import RunConfig
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
-from rxt_dist.model.stm import draw_stm
+from rxt_dist.model import RxTModel
+from rxt_dist.model.memory_attention import GateValues
+from rxt_dist.model.stm import draw_stm, initial_stm
 from rxt_dist.randomness import derive_key, fold_in_tensor, signed_key
 from rxt_dist.stages.base import StageModule
+from rxt_dist.stages.memory_statistics import MemorySums, gate_sums
 
 
 class FreshMemory:
@@ -27,7 +32,7 @@ class FreshMemory:
         self._key = signed_key(derive_key(config.seed, "stm"))
         self._shared: torch.Tensor | None = None
         if config.model.stm_init.shared:
-            self._shared = draw_stm(config.model, torch.tensor([self._key]))
+            self._shared = initial_stm(config.model, config.seed)
 
     def draw(self, visits: torch.Tensor) -> torch.Tensor:
         """fp32 [L, b, S, D] for the conversations of ``visits`` int64 [b]."""
@@ -38,17 +43,80 @@ class FreshMemory:
         return self._shared.expand(-1, visits.shape[0], -1, -1)
 
 
+Sums = tuple[torch.Tensor, ...]
+"""Scalars that one interaction of every lane adds to the terms of a stage."""
+
+
 class LaneStageModule(StageModule):
     """A stage whose lanes carry an STM from step to step."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, model: RxTModel, config: RunConfig) -> None:
         super().__init__()
+        self.encoder = model.encoder
+        self.memory_attention = model.memory_attention
         self.fresh = FreshMemory(config)
+        self._recomputes = config.runtime.recompute == "interaction"
+        self._shape = (config.model.decoder.num_layers, config.model.stm_size, config.model.embed_dim)
+        self.memory_sums: MemorySums | None = None
+        """What is collected between :meth:`observe` and :meth:`observations`."""
+
+    @abstractmethod
+    def advance(
+        self, stm: torch.Tensor, before: LaneInteractions | None, at: LaneInteractions
+    ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+        """One position of a window, from the STM [L, b, S, D] that the lanes hold.
+
+        ``before`` is what the stage writes before it looks at ``at``, if it reads that. Returns the STM
+        that the lanes hold then, the gate sums (fp64 [3]) of the write, and the position's sums.
+        """
+
+    def through_window(self, batch: WindowBatch, stm: torch.Tensor) -> tuple[torch.Tensor, list[Sums]]:
+        """The STM that is carried out of a window, without gradient, and the sums of every position.
+
+        With ``runtime.recompute: interaction`` only the STM is kept between positions; the rest is
+        computed again in the backward pass. That of the last position would be needed at once.
+        """
+        found = []
+        last = len(batch.positions) - 1
+        for number, at in enumerate(batch.positions):
+            before = batch.look_backs[number] if batch.look_backs else None
+            if self._recomputes and number < last and torch.is_grad_enabled():
+                # Nothing random has a state: every draw is a function of its keys.
+                stm, gates, sums = checkpoint(
+                    self.advance, stm, before, at, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                stm, gates, sums = self.advance(stm, before, at)
+            if self.memory_sums is not None:
+                self.memory_sums.add_gates(gates)
+            found.append(sums)
+        carried = stm.detach()
+        if self.memory_sums is not None:
+            written = batch.look_backs[-1] if batch.look_backs else batch.positions[-1]
+            self.memory_sums.add_memory(carried, written.present)
+        return carried, found
+
+    def write_encoded(
+        self, stm: torch.Tensor, encoded: torch.Tensor, at: LaneInteractions
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The STM after ``at``, encoded as [L, N, D], was written, and the gate sums; lanes without an
+        interaction keep theirs."""
+        gates: GateValues | None = None if self.memory_sums is None else {}
+        written: torch.Tensor = self.call("memory_attention", stm, encoded, at.layout, at.present, gates)
+        return written, gate_sums((gates or {}).get("gate"), at.present, stm.shape)
 
     def with_resets(self, stm: torch.Tensor, at: LaneInteractions) -> torch.Tensor:
         """The STM that interaction ``at`` of every lane starts from: ``stm``, or a fresh one where a
         conversation begins. A mask, not a branch: the gradient of a reset lane is zero, not missing."""
         return torch.where(at.reset.view(1, -1, 1, 1), self.fresh.draw(at.visits).to(stm), stm)
+
+    def observe(self, device: torch.device | None) -> None:
+        self.memory_sums = None if device is None else MemorySums(self._shape, device)
+
+    def observations(self, counts: Mapping[str, int]) -> dict[str, float | None]:
+        assert self.memory_sums is not None
+        share = counts["resets"] / max(1, counts["interactions"])
+        return {**self.memory_sums.statistics(), "reset_share": share}
 
     def local_counts(self, batch: WindowBatch) -> dict[str, int]:
         positions = batch.positions
@@ -63,6 +131,6 @@ class LaneStageModule(StageModule):
         return False
 
 
-def add_sums(totals: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum of the scalars of a window's positions."""
-    return torch.stack(list(totals)).sum()
+def add_sums(found: Sequence[Sums], column: int) -> torch.Tensor:
+    """Sum of one of the scalars of a window's positions."""
+    return torch.stack([sums[column] for sums in found]).sum()

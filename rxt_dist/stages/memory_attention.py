@@ -2,23 +2,21 @@
 the memory before and the new interaction's encoding, slot by token position.
 
 Shape legend: L memory layers, b lanes of a micro-batch, S STM slots, D embedding width, N tokens,
-T slots that can have a token: min(S, longest interaction).
+T width of a padded interaction: the larger of S and the longest interaction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from rxt_dist.config import RunConfig, StageConfig
+from rxt_dist.config import RunConfig, SpecialTokens, StageConfig
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
-from rxt_dist.model import RxTModel
+from rxt_dist.kernels.attention import AttentionLayout
+from rxt_dist.model import RxTModel, SequenceLayout
 from rxt_dist.randomness import derive_key, fold_in_tensor, normal_tensor, signed_key, uniform_tensor
-from rxt_dist.stages.base import Term, layer_keys
-from rxt_dist.stages.lane_stage import LaneStageModule, add_sums
+from rxt_dist.stages.base import NEVER, Term, layer_keys
+from rxt_dist.stages.lane_stage import LaneStageModule, Sums, add_sums
 
 # Published weights of the new data: 0.9 for a conversation's first interaction, then 0.5 falling by 0.05.
 _FIRST_WEIGHT, _BASE_WEIGHT, _WEIGHT_STEP = 0.9, 0.5, 0.05
@@ -32,40 +30,52 @@ class MemoryAttentionModule(LaneStageModule):
     """
 
     def __init__(self, model: RxTModel, config: RunConfig, stage: StageConfig) -> None:
-        super().__init__(config)
+        super().__init__(model, config)
         self.stage = stage
         self.stm_size = config.model.stm_size
-        self.encoder = model.encoder
-        self.memory_attention = model.memory_attention
+        self.starts = {"encoder": NEVER}
         self.weights = {"memory_loss": 1.0, "stm_difference": stage.stm_difference_scale}
+        special = config.model.special_tokens
+        assert isinstance(special, SpecialTokens)
+        self._pad_id = special.pad
         self._jitter_key = signed_key(derive_key(config.seed, "label_jitter"))
-
-    def frozen_parameters(self) -> Iterator[nn.Parameter]:
-        return self.encoder.parameters()
+        self._slot_key = signed_key(derive_key(config.seed, "label_slots"))
 
     def local_counts(self, batch: WindowBatch) -> dict[str, int]:
         used = (at.layout.cu_seqlens.diff()[at.present].clamp(max=self.stm_size) for at in batch.positions)
         return {**super().local_counts(batch), "slots": sum(int(slots.sum()) for slots in used)}
+
+    def advance(
+        self, stm: torch.Tensor, before: LaneInteractions | None, at: LaneInteractions
+    ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+        """Write ``at``: sums of the distance to the label, over slots, and of the difference term."""
+        assert before is None
+        stm = self.with_resets(stm, at)
+        with torch.no_grad():
+            layers, padded = self._encode(at)
+        noisy = self._noisy(layers, "noise", self.stage.noise_level, at.token_keys)
+        after, gates = self.write_encoded(stm, noisy, at)
+        label_stm = stm.detach()
+        distance = self._distance(after, label_stm, layers.to(stm.dtype), at)
+        if self.stage.unused_slots != "ignored":
+            distance = distance + self._unused_distance(after, label_stm, padded, at)
+        scale = torch.sqrt(at.numbers + 1.0)
+        difference = ((after - stm) ** 2).mean(dim=(0, 2, 3)).mul(scale).sum()
+        return after, gates, (distance, difference)
 
     def run(
         self, batch: WindowBatch, stm: torch.Tensor | None
     ) -> tuple[dict[str, Term], torch.Tensor | None]:
         """Sums over a window. ``stm`` fp32 [L, b, S, D] and the STM returned are those after a write."""
         assert stm is not None
-        distances, differences = [], []
-        for at in batch.positions:
-            before = self.with_resets(stm, at)
-            with torch.no_grad():
-                layers = self.encoder(at.tokens, at.layout)
-            stm = self.memory_attention(before, self._noisy(layers, "noise", at), at.layout, at.present)
-            distances.append(self._distance(stm, before.detach(), layers.to(stm.dtype), at))
-            scale = torch.sqrt(at.numbers + 1.0)
-            differences.append(((stm - before) ** 2).mean(dim=(0, 2, 3)).mul(scale).sum())
-        terms = {
-            "memory_loss": Term(add_sums(distances), "slots"),
-            "stm_difference": Term(add_sums(differences), "interactions"),
-        }
-        return terms, stm.detach()
+        carried, found = self.through_window(batch, stm)
+        memory_loss = Term(add_sums(found, 0), "slots")
+        if self.stage.unused_slots != "ignored":
+            memory_loss = Term(add_sums(found, 0) / self.stm_size, "interactions")
+        return {
+            "memory_loss": memory_loss,
+            "stm_difference": Term(add_sums(found, 1), "interactions"),
+        }, carried
 
     def label_weights(self, at: LaneInteractions) -> torch.Tensor:
         """Weight of the new data in the label of every lane: fp32 [b]; the old memory has the rest."""
@@ -79,13 +89,22 @@ class MemoryAttentionModule(LaneStageModule):
         upwards = uniform_tensor(fold_in_tensor(keys, 1)) < 0.5
         return (weights + torch.where(upwards, size, -size)).clamp(0.0, 1.0)
 
-    def _noisy(self, layers: torch.Tensor, purpose: str, at: LaneInteractions) -> torch.Tensor:
-        """``layers`` [L, N, D] with the noise of the input (``noise``) or of the label (``label_noise``)."""
-        level = self.stage.noise_level if purpose == "noise" else self.stage.label_noise_level
+    def _encode(self, at: LaneInteractions) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The encoder's layers of the tokens [L, N, D] and, if the labels need them, of padded
+        interactions [L, b, T, D]."""
+        if self.stage.unused_slots != "reference":
+            return self.encoder(at.tokens, at.layout), None
+        width = max(self.stm_size, at.layout.max_seqlen)
+        tokens, layout, rows = pad_interactions(at, width, self._pad_id)
+        padded = self.encoder(tokens, layout)
+        return padded[:, rows], padded.unflatten(1, (-1, width))
+
+    def _noisy(self, values: torch.Tensor, purpose: str, level: float, keys: torch.Tensor) -> torch.Tensor:
+        """``values`` [L, N, D] with noise of standard deviation ``level``, by ``keys`` [N]."""
         if not self.training or level == 0:
-            return layers
-        noise = normal_tensor(layer_keys(at.token_keys, purpose, layers.shape[0]), layers.shape[-1])
-        return layers + (noise * level).to(layers.dtype)
+            return values
+        noise = normal_tensor(layer_keys(keys, purpose, values.shape[0]), values.shape[-1])
+        return values + (noise * level).to(values.dtype)
 
     def _distance(
         self, after: torch.Tensor, before: torch.Tensor, layers: torch.Tensor, at: LaneInteractions
@@ -99,7 +118,48 @@ class MemoryAttentionModule(LaneStageModule):
         slots = positions.clamp(max=self.stm_size - 1)
         new = self.label_weights(at)[lanes].unsqueeze(-1)
         label = (1.0 - new) * before[:, lanes, slots] + new * layers
-        label = self._noisy(label, "label_noise", at)
+        label = self._noisy(label, "label_noise", self.stage.label_noise_level, at.token_keys)
         cosine = F.cosine_similarity(after[:, lanes, slots], label, dim=-1, eps=_COSINE_EPS)
         counted = (positions < self.stm_size) & at.present[lanes]
         return -torch.where(counted, cosine, 0.0).mean(dim=0).sum()
+
+    def _unused_distance(
+        self, after: torch.Tensor, before: torch.Tensor, padded: torch.Tensor | None, at: LaneInteractions
+    ) -> torch.Tensor:
+        """The same over slots that have no token: their label is the memory before, or with ``padded``
+        [L, b, T, D] its weighted mean with the encoding of padding."""
+        label = before
+        if padded is not None:
+            new = self.label_weights(at).view(1, -1, 1, 1)
+            label = (1.0 - new) * before + new * padded[:, :, : self.stm_size].to(before.dtype)
+        slots = torch.arange(self.stm_size, device=after.device)
+        lane_keys = fold_in_tensor(fold_in_tensor(at.visits, self._slot_key), at.numbers)
+        keys = fold_in_tensor(lane_keys.unsqueeze(1), slots).flatten()
+        label = self._noisy(label.flatten(1, 2), "label_noise", self.stage.label_noise_level, keys)
+        cosine = F.cosine_similarity(after, label.view(after.shape), dim=-1, eps=_COSINE_EPS)
+        unused = (slots >= at.layout.cu_seqlens.diff().unsqueeze(1)) & at.present.unsqueeze(1)
+        return -torch.where(unused, cosine, 0.0).mean(dim=0).sum()
+
+
+def pad_interactions(
+    at: LaneInteractions, width: int, pad_id: int
+) -> tuple[torch.Tensor, SequenceLayout, torch.Tensor]:
+    """The interactions at ``width`` tokens each, their layout, and the rows of the real tokens, int64 [N].
+
+    Padding reads the real tokens of its interaction and is read by none.
+    """
+    lanes = at.layout.num_sequences
+    device = at.tokens.device
+    rows = at.layout.sequence_ids * width + at.layout.positions
+    tokens = torch.full((lanes * width,), pad_id, dtype=at.tokens.dtype, device=device)
+    tokens[rows] = at.tokens
+    boundaries = torch.arange(lanes + 1, dtype=torch.int32, device=device) * width
+    numbers = torch.arange(lanes * width, device=device)
+    layout = SequenceLayout(
+        cu_seqlens=boundaries,
+        max_seqlen=width,
+        positions=numbers % width,
+        sequence_ids=numbers // width,
+        attention=AttentionLayout(boundaries, at.layout.cu_seqlens, width, at.layout.max_seqlen, rows),
+    )
+    return tokens, layout, rows

@@ -20,8 +20,8 @@ from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.data.batch import TextBatch
 from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.model import Memory, RxTModel, SequenceLayout
-from rxt_dist.model.stm import draw_stm
-from rxt_dist.randomness import derive_key, normal_tensor, signed_key, uniform_tensor
+from rxt_dist.model.stm import initial_stm
+from rxt_dist.randomness import normal_tensor, uniform_tensor
 from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK, StageModule, Term, aux_weight, layer_keys, uses
 
 
@@ -44,8 +44,7 @@ class TextStageModule(StageModule):
             self.weights |= {"ar_loss": scale, "ar_accuracy": 0.0, **aux_weight(config, scale)}
         self._constant_stm: torch.Tensor | None = None
         if not self.with_encoder:
-            key = torch.tensor([signed_key(derive_key(config.seed, "stm"))])
-            self._constant_stm = draw_stm(config.model, key)
+            self._constant_stm = initial_stm(config.model, config.seed)
 
     def frozen_parameters(self) -> Iterator[nn.Parameter]:
         """Memory cross-attention of a decoder that trains alone: what it reads never changes."""

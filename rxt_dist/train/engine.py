@@ -7,7 +7,7 @@ needs no communication.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,10 +40,15 @@ class StageEngine:
         module.freeze()
         self._parts = canonical_parts(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        # DeepSpeed lays parameters end to end; sizes that are no multiple of 16 bytes come last, so that
-        # every other parameter stays aligned as the grouped product and vectorised kernels need it.
-        trainable.sort(key=lambda parameter: parameter.numel() % _ALIGNED_ELEMENTS != 0)
+        groups = module.parameter_groups()
+        for group in groups.values():
+            # DeepSpeed lays the parameters of a group end to end; sizes that are no multiple of 16 bytes
+            # come last, so that every other parameter stays aligned as the grouped product and vectorised
+            # kernels need it.
+            group.sort(key=lambda parameter: parameter.numel() % _ALIGNED_ELEMENTS != 0)
+        trainable = [parameter for group in groups.values() for parameter in group]
+        self.group_starts = list(groups)
+        """Step of the stage from which each group of parameters trains; at least one starts at 0."""
         self._names = {id(parameter): names[id(parameter)] for parameter in trainable}
         masters = {self._names[id(parameter)]: parameter.detach().clone() for parameter in trainable}
         trained = set(masters)
@@ -55,7 +60,9 @@ class StageEngine:
         }
         self.module = module
         self.engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=trainable, config=deepspeed_config
+            model=module,
+            model_parameters=[{"params": group} for group in groups.values()],
+            config=deepspeed_config,
         )
         self._create_moments()
         for name, part, _, fragment in self._owned(("master",)):
@@ -75,18 +82,31 @@ class StageEngine:
         self.engine.backward(loss, scale_wrt_gas=False)
         self.engine.step()
 
-    def set_learning_rate(self, value: float) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = value
+    def begin_step(self, step: int, rates: Sequence[float]) -> None:
+        """Prepare optimizer step ``step`` of the stage; ``rates`` are the learning rates of the groups.
+
+        A group that is still frozen has rate 0 and gradients of 0, so AdamW keeps its weights bit by bit.
+        Its moments stay zero, but its step counter runs: at its start both begin anew, as those of a fresh
+        optimizer (an old step counter would make the first updates too large).
+        """
+        self.module.step = step
+        zero = self.engine.optimizer
+        for group, rate, start, flat in zip(
+            zero.param_groups, rates, self.group_starts, zero.single_partition_of_fp32_groups, strict=True
+        ):
+            group["lr"] = rate
+            if step == start:
+                for values in zero.optimizer.state[flat].values():
+                    values.zero_()
 
     def gradient_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""
         return float(self.engine.get_global_grad_norm())
 
-    def optimizer_step(self) -> int:
-        """Updates done by the optimizer of this stage."""
-        states = self.engine.optimizer.optimizer.state.values()
-        return max((int(state["step"]) for state in states), default=0)
+    def optimizer_steps(self) -> list[int]:
+        """Step counter of the optimizer for every group of parameters."""
+        zero = self.engine.optimizer
+        return [int(zero.optimizer.state[flat]["step"]) for flat in zero.single_partition_of_fp32_groups]
 
     def owned_fragments(self) -> dict[str, Fragment]:
         """Everything of the masters and moments that this rank owns, by checkpoint key.
@@ -108,10 +128,11 @@ class StageEngine:
         """The moments this rank owns, by checkpoint key, as views."""
         return {f"{kind}.{part.name}": fragment for _, part, kind, fragment in self._owned(_MOMENTS)}
 
-    def set_optimizer_step(self, step: int) -> None:
-        """Set the step counter of bias correction, after the moments were loaded."""
-        for state in self.engine.optimizer.optimizer.state.values():
-            state["step"].fill_(step)
+    def set_optimizer_steps(self, steps: Sequence[int]) -> None:
+        """Set the step counters of bias correction, after the moments were loaded."""
+        zero = self.engine.optimizer
+        for flat, step in zip(zero.single_partition_of_fp32_groups, steps, strict=True):
+            zero.optimizer.state[flat]["step"].fill_(step)
 
     def tensor_shapes(self) -> dict[str, list[int]]:
         """Shape of every canonical tensor of the model."""

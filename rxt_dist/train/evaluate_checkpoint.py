@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from rxt_dist.checkpoint import CheckpointReader, find_checkpoint
+from rxt_dist.checkpoint import CheckpointReader, locate_checkpoint
 from rxt_dist.config import RunConfig, StageConfig, load_config
 from rxt_dist.config.run import STAGE_DATA
 from rxt_dist.data.manifest import Split
 from rxt_dist.data.tokens import load_tokenizer, tokenizer_sha256
-from rxt_dist.errors import CheckpointError, ConfigError
+from rxt_dist.errors import ConfigError
 from rxt_dist.kernels.attention import set_attention_backend
 from rxt_dist.model import build_model
 from rxt_dist.parallel.bootstrap import world_from_environment
@@ -23,29 +23,27 @@ from rxt_dist.train.evaluation import evaluate_stage
 from rxt_dist.train.run_dir import CONFIG_FILE
 
 
-def locate_checkpoint(path: Path) -> Path:
-    """A checkpoint folder as given, or the newest sound one of a run folder.
-
-    Raises :class:`CheckpointError` when there is none.
-    """
-    found = find_checkpoint(path) if (path / "checkpoints").is_dir() else path
-    if found is None:
-        raise CheckpointError(f"{path / 'checkpoints'} holds no checkpoint")
-    return found
-
-
 def evaluate_checkpoint(
-    path: Path, overrides: Sequence[str] = (), *, split: Split = "val", stage_name: str | None = None
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    split: Split = "val",
+    stage_name: str | None = None,
+    memory: bool = False,
 ) -> dict[str, Any]:
     """Evaluate the weights of ``path`` (a run or checkpoint folder) in this process.
 
     ``overrides`` change the run's configuration, for example ``data.conversations=DIR``; ``stage_name``
-    chooses the stage whose evaluation is made, by default the one the checkpoint stands in. Returns what
-    ``eval.jsonl`` holds of an evaluation. Raises ConfigError, DataError or CheckpointError.
+    chooses the stage whose evaluation is made, by default the one the checkpoint stands in. ``memory`` makes
+    the evaluation of stage smat, whatever stages the run has. Returns what ``eval.jsonl`` holds of an
+    evaluation. Raises ConfigError, DataError or CheckpointError.
     """
     reader = CheckpointReader(locate_checkpoint(path))
     config = load_config(reader.path / CONFIG_FILE, overrides)
-    stage = _choose_stage(config, stage_name or reader.state.stage_name)
+    if memory:
+        stage = _memory_stage(config)
+    else:
+        stage = _choose_stage(config, stage_name or reader.state.stage_name)
     _check_tokenizer(config, stage, reader.path)
     world = world_from_environment()
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -64,6 +62,21 @@ def _choose_stage(config: RunConfig, name: str) -> StageConfig:
         valid = ", ".join(dict.fromkeys(stage.name for stage in config.stages))
         raise ConfigError(f"--stage: found {name!r}; the stages of this run are: {valid}")
     return found[-1]
+
+
+def _memory_stage(config: RunConfig) -> StageConfig:
+    """The last smat stage of the run, or one with the default options."""
+    if config.batch.lanes is None:
+        raise ConfigError(
+            "batch.lanes: not set in this run; give the number of conversations that are evaluated side by "
+            "side, e.g. --set batch.lanes=32"
+        )
+    if config.data.conversations is None:
+        raise ConfigError(
+            "data.conversations: not set in this run; give a dataset with --set data.conversations=DIR"
+        )
+    found = [stage for stage in config.stages if stage.name == "smat"]
+    return found[-1] if found else StageConfig(name="smat", steps=1)
 
 
 def _check_tokenizer(config: RunConfig, stage: StageConfig, checkpoint: Path) -> None:

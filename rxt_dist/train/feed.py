@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from rxt_dist.checkpoint import CheckpointReader
@@ -22,6 +24,8 @@ from rxt_dist.parallel.bootstrap import World
 from rxt_dist.randomness import derive_key
 
 DataState = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,7 @@ def open_feed(
         )
     assert isinstance(source, InteractionPieces)
     assert config.batch.lanes is not None
+    _report_prompts(source, stage)
     share = config.batch.lanes // world.size
     model = config.model
     loader = LaneLoader(
@@ -179,9 +184,31 @@ def open_feed(
         pad_id=special.pad,
         stm_size=model.stm_size,
         look_back=stage.name == "smat",
+        system_prompts=stage.system_prompts,
         state=None if state is None else LaneState.from_dict(state),
         prefetch_steps=prefetch,
         pin_memory=pin,
     )
     shape = (model.decoder.num_layers, share, model.stm_size, model.embed_dim)
     return LaneFeed(loader, world.rank * share, torch.zeros(shape, device=world.device))
+
+
+def _report_prompts(source: InteractionPieces, stage: StageConfig) -> None:
+    """Say what of the dataset's system prompts stage smat does not read."""
+    prompts = source.dataset.system_tokens
+    count, cut = np.count_nonzero(prompts), np.count_nonzero(prompts > source.seq_len)
+    if stage.name == "smat" and count and not stage.system_prompts:
+        logger.warning(
+            "%s: %d train conversations have a system prompt that is not read; set system_prompts: true in "
+            "stage smat to write it into their memory",
+            source.dataset.folder,
+            count,
+        )
+    elif stage.system_prompts and cut:
+        logger.warning(
+            "%s: %d of %d train system prompts are longer than seq_len %d and are cut",
+            source.dataset.folder,
+            cut,
+            count,
+            source.seq_len,
+        )

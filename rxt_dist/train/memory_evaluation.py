@@ -4,7 +4,8 @@
 been said. *Foreign*: the STM of another conversation at the same point. If the answers do not need the
 memory, or the model does not use it, the three give the same loss.
 
-Shape legend: b conversations of a group, t supervised tokens of one interaction of the group.
+Shape legend: b conversations of a group, K interactions of the longest conversation, t supervised tokens
+of one interaction of the group.
 """
 
 from __future__ import annotations
@@ -29,12 +30,10 @@ from rxt_dist.stages.lane_stage import LaneStageModule
 from rxt_dist.stages.smat import SmatModule
 
 MEMORIES = ("true", "fresh", "foreign")
-MAX_DISTANCE = 8
+MAX_DISTANCE = 32
 """Recall is reported by distance up to this; farther ones are counted with it."""
 
 _LOSS, _CORRECT, _COUNT = range(3)
-_RECALL = 3  # then, for distances 1..MAX_DISTANCE, correct and count
-_COLUMNS = _RECALL + 2 * MAX_DISTANCE
 
 
 def evaluate_memory(
@@ -45,49 +44,60 @@ def evaluate_memory(
     ``answer_loss`` and ``answer_accuracy`` are over all interactions with the true memory; ``memory``
     holds, for every memory, the same over the interactions that have a past, plus ``recall`` (accuracy
     on marked tokens; None without marks) and ``recall_by_distance`` {distance: [correct, count]}.
-    ``memory_gain`` is the loss with a fresh memory less the loss with the true one. Collective.
+    ``memory_gain`` is the loss with a fresh memory less the loss with the true one. ``by_interaction`` has
+    loss and accuracy with each memory for the first, second, ... interaction of a conversation, and
+    ``statistics`` those of the memories that the conversations left. A single conversation has no foreign
+    memory: its results are None. Collective.
     """
-    sums = torch.zeros(len(MEMORIES), _COLUMNS, dtype=torch.float64, device=world.device)
-    first = torch.zeros(_RECALL, dtype=torch.float64, device=world.device)
-    for group in _groups(source, config, world):
-        stm: torch.Tensor | None = None
-        for at in group.interactions(source, world.device):
+    plan = _plan(source, config, world)
+    tally = _Tally(plan.interactions, world.device)
+    module.observe(world.device)
+    sums = module.memory_sums
+    assert sums is not None
+    for group in plan.groups:
+        stm = torch.empty(0)
+        for number, at in enumerate(group.interactions(source, world.device)):
             fresh = module.fresh.draw(at.visits)
-            stm = fresh if stm is None else stm
-            begun = bool(at.numbers[0] > 0)
+            if number == 0:
+                stm = fresh
+                if module.system_prompts:
+                    stm, gates = module.write(stm, group.prompts(source, world.device))
+                    sums.add_gates(gates)
             for row, memory in enumerate((stm, fresh, stm.roll(1, dims=1))):
-                scores = _score(module, memory, at)
-                if begun:
-                    sums[row] += scores
-                elif row == 0:
-                    first += scores[:_RECALL]
-            stm = module.write(stm, at)
-    sum_over_ranks(sums)
-    sum_over_ranks(first)
-    return _report(sums.tolist(), first.tolist())
+                tally.add(number, row, *_score(module, memory, at))
+            stm, gates = module.write(stm, at)
+            sums.add_gates(gates)
+            sums.add_memory(stm, group.last(number, world.device))
+    statistics = sums.statistics()
+    module.observe(None)
+    return {**tally.report(foreign=plan.conversations > 1), "statistics": statistics}
 
 
 def evaluate_updates(
     module: LaneStageModule, source: InteractionPieces, config: RunConfig, world: World
 ) -> dict[str, Any]:
-    """Loss of the memory update per slot that has a token, without noise: means over held-out
-    conversations of the terms of stage ``memory_attention``. Collective."""
+    """Loss of the memory update without noise: means over held-out conversations of the terms of stage
+    ``memory_attention``, and ``statistics`` of the memories after every update. Collective."""
     names = module.metric_names
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=world.device)
-    for group in _groups(source, config, world):
+    module.observe(world.device)
+    assert module.memory_sums is not None
+    for group in _plan(source, config, world).groups:
         stm: torch.Tensor | None = None
         for at in group.interactions(source, world.device):
             stm = module.fresh.draw(at.visits).clone() if stm is None else stm
-            batch = WindowBatch(at.visits, 0, None, (at,))
+            batch = WindowBatch(at.visits, 0, (), (at,))
             terms, stm = module.run(batch, stm)
             counts = module.local_counts(batch)
             for row, name in enumerate(names):
                 sums[row, 0] += terms[name].total.double()
                 sums[row, 1] += counts[terms[name].count]
+    statistics = module.memory_sums.statistics()
+    module.observe(None)
     sum_over_ranks(sums)
     means = {name: total / max(1.0, count) for name, (total, count) in zip(names, sums.tolist(), strict=True)}
     loss = sum(module.weights[name] * mean for name, mean in means.items())
-    return {"loss": loss, **means}
+    return {"loss": loss, **means, "statistics": statistics}
 
 
 @dataclass(frozen=True)
@@ -95,84 +105,142 @@ class _Group:
     """Conversations that are evaluated side by side, longest first so that those that end come last."""
 
     conversations: Int64Array
+    counts: Int64Array
+    """Interactions of each."""
     key: int
     pad_id: int
 
     def interactions(self, source: InteractionPieces, device: torch.device) -> Iterator[LaneInteractions]:
         """First, second, ... interactions; a conversation that has ended is absent."""
-        dataset = source.dataset
-        counts = dataset.interactions[self.conversations].astype(np.int64)
-        starts = dataset.interaction_starts[self.conversations]
-        for number in range(int(counts.max())):
-            yield read_interactions(
-                source,
-                starts + number,
-                visits=self.conversations,
-                numbers=np.full(len(counts), number, dtype=np.int64),
-                present=counts > number,
-                token_key=self.key,
-                pad_id=self.pad_id,
-                supervise=True,
-            ).to(device)
+        starts = source.dataset.interaction_starts[self.conversations]
+        for number in range(int(self.counts.max())):
+            yield self._read(source, starts + number, number, self.counts > number).to(device)
+
+    def prompts(self, source: InteractionPieces, device: torch.device) -> LaneInteractions:
+        """The system prompts; a conversation without one is absent."""
+        nothing = np.zeros(len(self.counts), dtype=np.bool_)
+        return self._read(source, self.counts, -1, nothing, prompts=self.conversations).to(device)
+
+    def last(self, number: int, device: torch.device) -> torch.Tensor:
+        """bool [b]: interaction ``number`` is the last one of its conversation."""
+        return torch.from_numpy(self.counts == number + 1).to(device)
+
+    def _read(
+        self, source: InteractionPieces, pieces: Int64Array, number: int, present: Any, **options: Any
+    ) -> LaneInteractions:
+        return read_interactions(
+            source,
+            pieces,
+            visits=self.conversations,
+            numbers=np.full(len(pieces), number, dtype=np.int64),
+            present=present,
+            token_key=self.key,
+            pad_id=self.pad_id,
+            supervise=number >= 0,
+            **options,
+        )
 
 
-def _groups(source: InteractionPieces, config: RunConfig, world: World) -> Iterator[_Group]:
-    """This rank's groups of validation conversations, of at most ``batch.lanes``; the grouping is the
-    same on every mesh. ``evaluation.max_packs`` limits the number of groups of all ranks."""
+@dataclass(frozen=True)
+class _Plan:
+    """What is evaluated: the same numbers on all ranks, and the groups of this one."""
+
+    conversations: int
+    interactions: int
+    """Of the longest conversation."""
+    groups: list[_Group]
+
+
+def _plan(source: InteractionPieces, config: RunConfig, world: World) -> _Plan:
+    """The first ``evaluation.max_conversations`` conversations of the split, in groups of ``batch.lanes``
+    that do not depend on the mesh."""
     special = config.model.special_tokens
     assert isinstance(special, SpecialTokens)
     assert config.batch.lanes is not None
-    counts = source.dataset.interactions.astype(np.int64)
+    counts = source.dataset.interactions[: config.evaluation.max_conversations].astype(np.int64)
     order = np.argsort(-counts, kind="stable")
     # A group of one conversation has no foreign memory, so small groups join the one before.
-    groups = max(1, len(order) // config.batch.lanes)
-    parts = np.array_split(order, groups)[: config.evaluation.max_packs]
+    parts = np.array_split(order, max(1, len(order) // max(2, config.batch.lanes)))
     key = derive_key(config.seed, "evaluation", "lanes")
-    for part in parts[world.rank :: world.size]:
-        yield _Group(part, key, special.pad)
+    groups = [_Group(part, counts[part], key, special.pad) for part in parts[world.rank :: world.size]]
+    return _Plan(len(order), int(counts.max()), groups)
 
 
-def _score(module: SmatModule, stm: torch.Tensor, at: LaneInteractions) -> torch.Tensor:
-    """Sums over the supervised tokens of ``at`` read with ``stm``: float64 [_COLUMNS]."""
+def _score(
+    module: SmatModule, stm: torch.Tensor, at: LaneInteractions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums over the supervised tokens of ``at`` read with ``stm``: loss, correct tokens and tokens, float64
+    [3]; then correct and all marked tokens by distance, float64 [MAX_DISTANCE + 1] each (0: unmarked)."""
     hidden, _ = module.decode(stm, at)
     head = module.decoder.lm_head
-    result = torch.zeros(_COLUMNS, dtype=torch.float64, device=stm.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=stm.device)
+    hits, marked = torch.zeros(2, MAX_DISTANCE + 1, dtype=torch.float64, device=stm.device)
     rows = hidden.index_select(0, at.next_index)
     columns = (rows, at.next_targets, at.target_marks)
     for start in range(0, rows.shape[0], CROSS_ENTROPY_CHUNK):
         row, target, mark = (column[start : start + CROSS_ENTROPY_CHUNK] for column in columns)
         logits = F.linear(row, head.weight, head.bias).float()
         correct = (logits.argmax(dim=-1) == target).double()
-        result[_LOSS] += F.cross_entropy(logits, target, reduction="sum").double()
-        result[_CORRECT] += correct.sum()
-        result[_COUNT] += target.numel()
-        for distance in range(1, MAX_DISTANCE + 1):
-            marked = (mark == distance) if distance < MAX_DISTANCE else (mark >= distance)
-            column = _RECALL + 2 * (distance - 1)
-            result[column] += (correct * marked).sum()
-            result[column + 1] += marked.sum()
-    return result
+        sums[_LOSS] += F.cross_entropy(logits, target, reduction="sum").double()
+        sums[_CORRECT] += correct.sum()
+        sums[_COUNT] += target.numel()
+        distance = mark.long().clamp(max=MAX_DISTANCE)
+        hits.index_add_(0, distance, correct)
+        marked.index_add_(0, distance, torch.ones_like(correct))
+    return sums, hits, marked
 
 
-def _report(sums: list[list[float]], first: list[float]) -> dict[str, Any]:
-    memory: dict[str, Any] = {}
-    for name, row in zip(MEMORIES, sums, strict=True):
-        marked = {d: row[_RECALL + 2 * (d - 1) : _RECALL + 2 * d] for d in range(1, MAX_DISTANCE + 1)}
-        total = sum(count for _, count in marked.values())
-        memory[name] = {
-            "answer_loss": row[_LOSS] / max(1.0, row[_COUNT]),
-            "answer_accuracy": row[_CORRECT] / max(1.0, row[_COUNT]),
-            "tokens": row[_COUNT],
-            "recall": sum(correct for correct, _ in marked.values()) / total if total else None,
-            "recall_by_distance": {str(d): pair for d, pair in marked.items() if pair[1]},
+class _Tally:
+    """Sums by interaction and memory, and those of marked tokens, added up over ranks by :meth:`report`."""
+
+    def __init__(self, interactions: int, device: torch.device) -> None:
+        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self._sums = torch.zeros(interactions, len(MEMORIES), 3, **options)
+        self._marks = torch.zeros(len(MEMORIES), 2, MAX_DISTANCE + 1, **options)
+
+    def add(
+        self, number: int, row: int, sums: torch.Tensor, hits: torch.Tensor, marked: torch.Tensor
+    ) -> None:
+        """Count what :func:`_score` gave for interaction ``number`` with memory ``row``."""
+        self._sums[number, row] += sums
+        if number > 0:  # a first interaction has nothing to recall
+            self._marks[row, 0] += hits
+            self._marks[row, 1] += marked
+
+    def report(self, *, foreign: bool) -> dict[str, Any]:
+        sum_over_ranks(self._sums)
+        sum_over_ranks(self._marks)
+        sums, marks = self._sums.tolist(), self._marks.tolist()
+        past = self._sums[1:].sum(dim=0).tolist()
+        everything = _means(self._sums[:, 0].sum(dim=0).tolist())
+        names = MEMORIES if foreign else MEMORIES[:2]
+        memory: dict[str, Any] = dict.fromkeys(MEMORIES)
+        for row, name in enumerate(names):
+            memory[name] = {**_means(past[row]), **_recall(*marks[row])}
+        by_interaction = []
+        for number, rows in enumerate(sums, start=1):
+            means = dict.fromkeys(MEMORIES) | {name: _means(rows[r]) for r, name in enumerate(names)}
+            by_interaction.append({"interaction": number, **means})
+        return {
+            "loss": everything["answer_loss"],
+            **everything,
+            "memory_gain": memory["fresh"]["answer_loss"] - memory["true"]["answer_loss"],
+            "memory": memory,
+            "by_interaction": by_interaction,
         }
-    everything = [sums[0][column] + first[column] for column in range(_RECALL)]
-    loss = everything[_LOSS] / max(1.0, everything[_COUNT])
+
+
+def _means(sums: list[float]) -> dict[str, float]:
+    count = max(1.0, sums[_COUNT])
     return {
-        "loss": loss,
-        "answer_loss": loss,
-        "answer_accuracy": everything[_CORRECT] / max(1.0, everything[_COUNT]),
-        "tokens": everything[_COUNT],
-        "memory_gain": memory["fresh"]["answer_loss"] - memory["true"]["answer_loss"],
-        "memory": memory,
+        "answer_loss": sums[_LOSS] / count,
+        "answer_accuracy": sums[_CORRECT] / count,
+        "tokens": sums[_COUNT],
     }
+
+
+def _recall(hits: list[float], marked: list[float]) -> dict[str, Any]:
+    pairs = {str(d): [hits[d], marked[d]] for d in range(1, MAX_DISTANCE + 1) if marked[d]}
+    total = sum(count for _, count in pairs.values())
+    recall = sum(correct for correct, _ in pairs.values()) / total if total else None
+    return {"recall": recall, "recall_by_distance": pairs}

@@ -18,14 +18,13 @@ from rxt_dist.config import RunConfig, check_world_size, load_config
 from rxt_dist.data.tokens import TOKENIZER_FILE, load_tokenizer
 from rxt_dist.errors import FAILED_EXIT_CODE, USER_ERROR_EXIT_CODE, ConfigError, RxtError, TrainingError
 from rxt_dist.kernels.attention import set_attention_backend
-from rxt_dist.model import RxTModel
 from rxt_dist.observe.logging import setup_logging
 from rxt_dist.observe.metrics import TrainState
 from rxt_dist.observe.metrics_file import EVALUATION_FILE, METRICS_FILE, truncate_after
 from rxt_dist.parallel.bootstrap import World, start_process_group, world_from_environment
 from rxt_dist.train.callbacks import Callback, CallbackList, MetricsLog, ProgressBar, PrometheusCallback
 from rxt_dist.train.datasets import check_splits, open_datasets, resolve
-from rxt_dist.train.evaluate_checkpoint import locate_checkpoint
+from rxt_dist.train.initial_weights import check_weights, open_weights
 from rxt_dist.train.run_dir import CONFIG_FILE, check_continuation, create_run_dir, write_config
 
 logger = logging.getLogger(__name__)
@@ -57,7 +56,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="continue from the newest checkpoint in runtime.run_dir"
     )
     parser.add_argument(
-        "--init-from", type=Path, metavar="PATH", help="checkpoint whose weights a new run starts from"
+        "--init-from",
+        type=Path,
+        metavar="PATH",
+        help="run, checkpoint or native model folder whose weights a new run starts from",
     )
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help="set by the launcher; the environment decides"
@@ -110,10 +112,10 @@ def _run(arguments: argparse.Namespace, world: World) -> None:
 def _train(config: RunConfig, world: World, tokenizer: Path, weights: Path | None, resume: bool) -> None:
     from rxt_dist.train.trainer import Trainer
 
-    reader = None if weights is None else CheckpointReader(weights, verified=True)
+    reader = None if weights is None else open_weights(weights, verified=True)
     callbacks: list[Callback] = []
     if config.metrics.prometheus.enabled:
-        first_step = reader.state.step if reader is not None and resume else 0
+        first_step = reader.state.step if resume and isinstance(reader, CheckpointReader) else 0
         callbacks.append(PrometheusCallback(config, world, first_step))
     if world.is_main:
         callbacks += [MetricsLog(config.runtime.run_dir), ProgressBar()]
@@ -127,10 +129,11 @@ def _train(config: RunConfig, world: World, tokenizer: Path, weights: Path | Non
 
 
 def _prepare(arguments: argparse.Namespace, config: RunConfig, tokenizer: Path) -> Path | None:
-    """On rank 0: make or check the run folder; returns the checkpoint to start from, verified."""
+    """On rank 0: make or check the run folder; returns what to start from, verified."""
     run_dir = config.runtime.run_dir
     if not arguments.resume:
-        start = None if arguments.init_from is None else _initial_checkpoint(arguments.init_from, config)
+        source = arguments.init_from
+        start = None if source is None else check_weights(source, config.model, tokenizer.parent)
         create_run_dir(config, tokenizer)
         return start
     if not (run_dir / CONFIG_FILE).is_file():
@@ -146,14 +149,6 @@ def _prepare(arguments: argparse.Namespace, config: RunConfig, tokenizer: Path) 
     for name in (METRICS_FILE, EVALUATION_FILE):
         truncate_after(run_dir / name, step)
     return checkpoint
-
-
-def _initial_checkpoint(path: Path, config: RunConfig) -> Path:
-    """The checkpoint that ``--init-from`` names, verified and with tensors of this model's shapes."""
-    reader = CheckpointReader(locate_checkpoint(path))
-    with torch.device("meta"):
-        reader.check_shapes(RxTModel(config.model))
-    return reader.path
 
 
 def _on_main(world: World, action: Callable[[], T]) -> T:

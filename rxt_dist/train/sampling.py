@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from rxt_dist.config import EvaluationConfig
 from rxt_dist.data.pieces import PieceSource
+from rxt_dist.inference.sampler import Sampling, choose
 from rxt_dist.model import SequenceLayout
+from rxt_dist.randomness import derive_key, fold_in_tensor, signed_key
 from rxt_dist.stages import StageModule
 
 _PROMPT_TOKENS = 12  # of a text; an interaction's prompt is its whole query
@@ -37,21 +38,23 @@ def sample_continuations(
     prompts = [piece.tokens[: max(1, length)].tolist() for piece, length in zip(pieces, lengths, strict=True)]
     if not prompts or not module.generates:
         return []
-    generator = torch.Generator(device=device).manual_seed(0)
+    sampling = Sampling(temperature=settings.temperature)
+    keys = torch.tensor([signed_key(derive_key("sample", i)) for i in range(len(prompts))], device=device)
     was_training = module.training
     module.eval()
     sequences = [list(prompt) for prompt in prompts]
     active = list(range(len(sequences)))
     with torch.no_grad():
-        for _ in range(settings.sample_tokens):
+        for step in range(settings.sample_tokens):
             active = [i for i in active if len(sequences[i]) < seq_len and sequences[i][-1] != end_token]
             if not active:
                 break
             layout = SequenceLayout.from_lengths([len(sequences[i]) for i in active], device)
             tokens = torch.tensor([token for i in active for token in sequences[i]], device=device)
             logits = module.next_token_logits(tokens, layout)
-            for i, token in zip(active, _choose(logits, settings.temperature, generator), strict=True):
-                sequences[i].append(token)
+            drawn = choose(logits, sampling, fold_in_tensor(keys[active], step))
+            for i, token in zip(active, drawn.tolist(), strict=True):
+                sequences[i].append(end_token if token < 0 else token)  # nothing to draw from: diverged
     module.train(was_training)
     return [
         {
@@ -60,11 +63,3 @@ def sample_continuations(
         }
         for prompt, sequence in zip(prompts, sequences, strict=True)
     ]
-
-
-def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> list[int]:
-    """One token a row of ``logits`` [B, V]."""
-    if temperature == 0:
-        return [int(token) for token in logits.argmax(dim=-1)]
-    probabilities = F.softmax(logits.float() / temperature, dim=-1)
-    return [int(token) for token in torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)]

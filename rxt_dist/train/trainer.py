@@ -18,6 +18,7 @@ from rxt_dist.checkpoint import CheckpointReader, TrainerState, save_checkpoint
 from rxt_dist.config import RunConfig, StageConfig, deepspeed_config, stage_optimizer
 from rxt_dist.data.tokens import TOKENIZER_FILE
 from rxt_dist.errors import CheckpointError, TrainingError
+from rxt_dist.interchange.native import NativeReader
 from rxt_dist.model import build_model
 from rxt_dist.observe.metrics import TrainState
 from rxt_dist.observe.metrics_file import EVALUATION_FILE, read_metrics
@@ -48,8 +49,8 @@ class Position:
 class Trainer:
     """Runs the stages of a resolved configuration on all ranks of the process group.
 
-    ``weights`` is a checkpoint to start from or None for fresh weights; with ``resume`` its optimizer,
-    data position and counters are taken over too, else only its weights.
+    ``weights`` is what to start from or None for fresh weights; with ``resume`` it is a checkpoint of this
+    run, whose optimizer, data position and counters are taken over too.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Trainer:
         tokenizer: Tokenizer,
         callbacks: Callback,
         *,
-        weights: CheckpointReader | None,
+        weights: CheckpointReader | NativeReader | None,
         resume: bool,
     ) -> None:
         self._config = config
@@ -67,7 +68,7 @@ class Trainer:
         self._tokenizer = tokenizer
         self._callbacks = callbacks
         self._weights = weights
-        self._resumed = weights if resume else None
+        self._resumed = weights if resume and isinstance(weights, CheckpointReader) else None
         self._foreign_weights = not resume
         """Whether ``weights`` may lack tensors of this model: they come from another run."""
         self._fingerprint = ""
@@ -139,7 +140,7 @@ class Trainer:
         engine = StageEngine(model, module, settings, world.device)
         if resumed is not None:
             resumed.load_fragments(engine.moment_fragments())
-            engine.set_optimizer_step(resumed.state.optimizer_step)
+            engine.set_optimizer_steps(resumed.state.optimizer_steps)
         return engine
 
     def _train(self, engine: StageEngine, stage: StageConfig, feed: Feed) -> None:
@@ -152,19 +153,21 @@ class Trainer:
             started = time.perf_counter()
             data = feed.next_step()
             tokens = data.counts["tokens"]
-            rate = learning_rate(optimizer, self._position.stage_step, stage.steps)
-            engine.set_learning_rate(rate)
-            metrics = self._optimizer_step(engine, feed, data)
-            self._advance(data)
-            step = self._position.step
-            last = self._position.stage_step == stage.steps
-            meter.add(tokens)
+            stage_step, step = self._position.stage_step, self._position.step + 1
+            last = stage_step + 1 == stage.steps
             logs = last or step % config.metrics.log_every_steps == 0
             saves = last or (interval is not None and step % interval == 0)
+            rates = [learning_rate(optimizer, stage_step, stage.steps, s) for s in engine.group_starts]
+            engine.begin_step(stage_step, rates)
+            engine.module.observe(self._world.device if logs else None)
+            metrics = self._optimizer_step(engine, feed, data)
+            self._advance(data)
+            meter.add(tokens)
             if logs or saves:
                 values = self._global_values(engine, metrics)
                 if logs:
-                    self._log(engine, stage, values, rate, meter, tokens)
+                    observed = engine.module.observations(data.counts)
+                    self._log(engine, stage, {**values, **observed}, rates[0], meter, tokens)
                 self._check_finite(stage, values["loss"])
             self._callbacks.on_step(step, tokens, time.perf_counter() - started, data.wait_seconds)
             if saves:
@@ -196,7 +199,7 @@ class Trainer:
         self,
         engine: StageEngine,
         stage: StageConfig,
-        values: dict[str, float],
+        values: Mapping[str, float | None],
         rate: float,
         meter: Meter,
         tokens: int,
@@ -241,7 +244,7 @@ class Trainer:
             tokens=position.tokens,
             data_state=position.data_state or {},
             fingerprint=self._fingerprint,
-            optimizer_step=engine.optimizer_step(),
+            optimizer_steps=engine.optimizer_steps(),
             tensor_shapes=engine.tensor_shapes(),
         )
         run_dir = self._config.runtime.run_dir

@@ -30,7 +30,7 @@ def trainer_state(step: int, shapes: dict[str, tuple[int, ...]] = SHAPES) -> Tra
         tokens=100 * step,
         data_state={"epoch": 0, "piece": step},
         fingerprint="made up",
-        optimizer_step=step,
+        optimizer_steps=[step],
         tensor_shapes={name: list(shape) for name, shape in shapes.items()},
     )
 

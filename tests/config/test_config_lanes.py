@@ -31,7 +31,10 @@ FIELDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "label_weight_floor": ("0.1", ("memory_attention",)),
     "label_weight_jitter": ("0.15", ("memory_attention",)),
     "stm_difference_scale": ("0.001", ("memory_attention",)),
+    "unused_slots": ("kept", ("memory_attention",)),
     "frozen": ("[encoder]", ("smat",)),
+    "unfreeze": ("{encoder: 4}", ("smat",)),
+    "system_prompts": ("true", ("smat",)),
 }
 """Value, and the stages in which the field has an effect."""
 
@@ -57,14 +60,14 @@ def test_every_field_of_a_stage_is_in_the_table() -> None:
 @pytest.mark.parametrize("field", FIELDS)
 def test_fields_are_accepted_where_they_have_an_effect_and_refused_elsewhere(field: str, stage: str) -> None:
     value, stages = FIELDS[field]
-    text = f"name: {stage}, steps: 1, {field}: {value}"
+    text = f"name: {stage}, steps: 9, {field}: {value}"
     if stage in stages:
         given: Any = getattr(run(text).stages[0], field)
         assert given != type(run(text).stages[0]).model_fields[field].default
         return
     found = message(text)
     assert f"stages.0.{field}: found" in found
-    assert value.strip("[]") in found
+    assert value.strip("[{}]").partition(":")[0] in found.lower()
     assert f"no effect in stage {stage}" in found
     for name in stages:
         assert name in found
@@ -97,6 +100,54 @@ class TestFrozen:
         assert "stages.0.frozen.0" in found
         for valid in ("encoder", "decoder", "memory_attention"):
             assert valid in found
+
+
+class TestUnfreeze:
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            "unfreeze: {memory_attention: 40, encoder: 80}",
+            "unfreeze: {decoder: 1}",
+            "unfreeze: {encoder: 99}, frozen: [memory_attention]",
+            "frozen: [encoder, memory_attention]",
+        ],
+    )
+    def test_schedules(self, fields: str) -> None:
+        run(f"name: smat, steps: 100, {fields}")
+
+    @pytest.mark.parametrize(
+        ("fields", "expected"),
+        [
+            (
+                "unfreeze: {encoder: 100}",
+                "unfreeze.encoder: found 100, so that it would never train; valid: 1 to 99",
+            ),
+            ("unfreeze: {encoder: 0}", "unfreeze.encoder: found 0"),
+            ("unfreeze: {head: 4}", "unfreeze.head"),
+            ("unfreeze: {encoder: soon}", 'unfreeze.encoder: found "soon"'),
+            ("unfreeze: 4", "unfreeze: found 4"),
+            ("unfreeze: {encoder: 4}, frozen: [encoder]", "found 4, but `frozen` lists encoder; remove one"),
+            (
+                "unfreeze: {encoder: 4, decoder: 4, memory_attention: 5}",
+                "unfreeze: all components are frozen at the beginning",
+            ),
+            (
+                "unfreeze: {encoder: 4}, frozen: [decoder, memory_attention]",
+                "unfreeze: all components are frozen at the beginning",
+            ),
+        ],
+    )
+    def test_mistakes(self, fields: str, expected: str) -> None:
+        found = message(f"name: smat, steps: 100, {fields}")
+        assert "stages.0.unfreeze" in found
+        assert expected in found
+
+
+def test_what_is_recomputed_is_one_of_two() -> None:
+    assert run("name: smat, steps: 1", "runtime.recompute=interaction").runtime.recompute == "interaction"
+    found = message("name: smat, steps: 1", "runtime.recompute=layer")
+    assert 'runtime.recompute: found "layer"' in found
+    assert "interaction" in found
 
 
 class TestLanes:

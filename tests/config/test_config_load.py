@@ -20,6 +20,7 @@ ALL_RUNS = [
     "micro-encoder",
     "micro-encoder-sft",
     "mini-mlm",
+    "recall",
     "tiny",
 ]
 FOUR_STAGES = ["joint_lm", "interaction_sft", "memory_attention", "smat"]
@@ -66,12 +67,11 @@ def test_tiny_is_small() -> None:
     assert config.metrics.log_every_steps == 1
 
 
-def test_micro_is_the_published_recipe() -> None:
+def test_micro_keeps_the_published_batch_and_optimizer() -> None:
     config = load_config("micro", DATA)
     assert config.batch.packs * config.batch.pack_tokens == 65_536
     assert config.optimizer.lr == 2e-3
     assert config.optimizer.schedule == "cosine"
-    assert config.optimizer.warmup_steps == 0
     assert config.optimizer.weight_decay == 0.01
     assert config.stages[0].steps == 473
     assert config.precision == "bf16"
@@ -97,7 +97,7 @@ def test_a_missing_run_lists_the_available_ones() -> None:
 
 
 def test_a_missing_model_lists_the_available_ones(tmp_path: Path) -> None:
-    expected = "no such file; available models: alpha, micro, mini, tiny"
+    expected = "no such file; available models: alpha, beta, micro, micro-plus, mini, recall, tiny"
     run = write(tmp_path / "run.yaml", "extends: tiny\nmodel: gigantic\n")
     assert message(run) == f"{run}: model: gigantic: {expected}"
     with pytest.raises(ConfigError, match="^model gigantic: " + expected):
@@ -118,7 +118,7 @@ class TestData:
         load_config("micro-encoder-sft", ["data.conversations=/x"])
 
     def test_several_stages(self) -> None:
-        both = "stages=[{name: joint_lm, steps: 1}, {name: joint_lm, steps: 1}]"
+        both = "stages=[{name: joint_lm, steps: 50}, {name: joint_lm, steps: 50}]"
         assert "stages 0 (joint_lm), 1 (joint_lm) need it" in message("micro", both, data=False)
 
 

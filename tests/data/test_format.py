@@ -25,11 +25,12 @@ from rxt_dist.data.format import (
     ShardIndex,
     ShardWriter,
     TextBlock,
+    conversation_block,
     decode_conversation_block,
     decode_text_block,
-    encode_conversation_block,
-    encode_text_block,
+    encode_block,
     read_block,
+    text_block,
     token_dtype,
 )
 from rxt_dist.errors import DataError
@@ -88,7 +89,7 @@ def test_token_dtype_is_the_smallest_that_fits(vocab_size: int, expected: str) -
 @pytest.mark.parametrize("dtype", [U16, U32])
 def test_text_block_round_trip(dtype: np.dtype[Any]) -> None:
     documents = [np.arange(n) + 60_000 for n in (1, 5, 3)]
-    block = decode_text_block(encode_text_block(documents, dtype), dtype)
+    block = decode_text_block(encode_block(text_block(documents, dtype)), dtype)
     assert block.num_documents == 3
     assert block.document_starts.tolist() == [0, 1, 6, 9]
     for i, document in enumerate(documents):
@@ -96,13 +97,13 @@ def test_text_block_round_trip(dtype: np.dtype[Any]) -> None:
 
 
 def test_bytes_are_little_endian() -> None:
-    assert encode_text_block([np.array([0x0102])], U16)["tokens.bin"] == b"\x02\x01"
-    assert encode_text_block([np.array([0x010203])], U32)["tokens.bin"] == b"\x03\x02\x01\x00"
+    assert encode_block(text_block([np.array([0x0102])], U16))["tokens.bin"] == b"\x02\x01"
+    assert encode_block(text_block([np.array([0x010203])], U32))["tokens.bin"] == b"\x03\x02\x01\x00"
 
 
 def test_an_id_that_does_not_fit_is_refused() -> None:
     with pytest.raises(DataError, match="65536 does not fit into uint16"):
-        encode_text_block([np.array([1, 65_536])], U16)
+        encode_block(text_block([np.array([1, 65_536])], U16))
 
 
 @pytest.mark.parametrize("dtype", [U16, U32])
@@ -112,7 +113,7 @@ def test_conversation_block_round_trip(dtype: np.dtype[Any]) -> None:
         conversation([4, 1, 2, 2], system=3, marked=True),
         conversation([1, 1]),
     ]
-    block = decode_conversation_block(encode_conversation_block(conversations, dtype), dtype)
+    block = decode_conversation_block(encode_block(conversation_block(conversations, dtype)), dtype)
     assert block.conversation_segments.tolist() == [0, 2, 7, 9]
     assert block.roles.tolist() == [1, 2, 0, 1, 2, 1, 2, 1, 2]
     assert same_conversation(block.document(1), conversations[1])
@@ -122,7 +123,7 @@ def test_conversation_block_round_trip(dtype: np.dtype[Any]) -> None:
 
 
 def test_marks_are_only_stored_when_there_are_any() -> None:
-    members = encode_conversation_block([conversation([2, 3])], U16)
+    members = encode_block(conversation_block([conversation([2, 3])], U16))
     assert "marks.bin" not in members
     assert decode_conversation_block(members, U16).marks is None
 
@@ -130,7 +131,7 @@ def test_marks_are_only_stored_when_there_are_any() -> None:
 @given(st.lists(st.lists(st.integers(0, 65_535), min_size=1, max_size=20), min_size=1, max_size=10))
 def test_any_documents_survive(documents: list[list[int]]) -> None:
     arrays = [np.array(document) for document in documents]
-    block = decode_text_block(encode_text_block(arrays, U16), U16)
+    block = decode_text_block(encode_block(text_block(arrays, U16)), U16)
     assert [block.document(i).tolist() for i in range(block.num_documents)] == documents
 
 
@@ -160,7 +161,7 @@ def u32(*values: int) -> bytes:
     ],
 )
 def test_malformed_conversation_blocks_are_refused(change: dict[str, bytes | None], message: str) -> None:
-    members = {**encode_conversation_block([conversation([2, 3])], U16), **change}
+    members = {**encode_block(conversation_block([conversation([2, 3])], U16)), **change}
     with pytest.raises(DataError, match=message):
         decode_conversation_block({name: data for name, data in members.items() if data is not None}, U16)
 
@@ -168,7 +169,7 @@ def test_malformed_conversation_blocks_are_refused(change: dict[str, bytes | Non
 def test_a_system_text_in_the_middle_is_refused() -> None:
     wrong = ConversationTokens([np.array([1])] * 5, [1, 2, 0, 1, 2])
     with pytest.raises(DataError, match="query and answer in turn"):
-        decode_conversation_block(encode_conversation_block([wrong], U16), U16)
+        decode_conversation_block(encode_block(conversation_block([wrong], U16)), U16)
 
 
 @pytest.mark.parametrize("dtype", [U16, U32])

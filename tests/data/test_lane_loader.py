@@ -1,4 +1,5 @@
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def global_steps(source, steps, *, dp_size=1, micro_lanes=None, state=None, **op
         assert all(p.counts == parts[0].counts for p in parts)
         assert all(p.state.to_dict() == parts[0].state.to_dict() for p in parts)
         for batch in (b for p in parts for b in p.batches):
-            look_back = [batch.look_back] if batch.look_back is not None else []
+            look_back = batch.look_backs[:1]
             columns = [per_lane(one) for one in (*look_back, *batch.positions)]
             assert all(len(column) == len(batch.lanes) for column in columns)
             lanes |= {int(g): [column[i] for column in columns] for i, g in enumerate(batch.lanes)}
@@ -122,7 +123,7 @@ def test_the_look_back_is_the_interaction_before_the_window(source):
 
 def test_at_the_start_no_lane_has_a_look_back(source):
     with loader(source) as one:
-        look_back = next(one).batches[0].look_back
+        look_back = next(one).batches[0].look_backs[0]
     assert not look_back.present.any()
     assert look_back.tokens.tolist() == [PAD] * LANES
     assert look_back.next_index.shape == (0,)
@@ -165,6 +166,39 @@ def test_resume_at_another_layout_continues_the_same_sequence(source, dp_size, d
     assert first + global_steps(source, 7 - done, dp_size=dp_size, micro_lanes=1, state=state) == expected
 
 
+@pytest.mark.parametrize("chain", [(2, 4, 1), (1, 8, 2, 4), (4, 2, 8)])
+def test_a_run_that_changes_its_ranks_again_and_again_serves_one_sequence(source, chain):
+    """Each part starts from what the one before left behind, as JSON."""
+    found, state = [], None
+    for number, dp_size in enumerate(chain):
+        micro_lanes = 1 if number % 2 else None
+        found += global_steps(source, 3, dp_size=dp_size, micro_lanes=micro_lanes, state=state)
+        state = LaneState.from_dict(json.loads(json.dumps(found[-1][3])))
+    assert found == global_steps(source, 3 * len(chain))
+
+
+def test_ranks_share_the_lanes_without_talking(source):
+    """The (lane, conversation, interaction) table of a step, read from the tokens that ranks hold."""
+    dataset = source.dataset
+    where = {tuple(source.read(p).tokens.tolist()): p for p in range(len(source.lengths))}
+    assert len(where) == len(source.lengths)
+    schedule, state = LaneSchedule(dataset.interactions, key=KEY, lanes=LANES), LaneState.initial(LANES)
+    expected = []
+    for _ in range(6):
+        window, state = schedule.next_window(state, WINDOW)
+        expected.append((dataset.interaction_starts[window.conversations] + window.interactions).tolist())
+    for dp_size in (1, 2, 4, 8):
+        for rank in range(dp_size):
+            share = LANES // dp_size
+            with loader(source, dp_rank=rank, dp_size=dp_size) as one:
+                for table in expected:
+                    (batch,) = next(one).batches
+                    assert batch.lanes.tolist() == list(range(rank * share, (rank + 1) * share))
+                    columns = [[where[tuple(f["tokens"])] for f in per_lane(p)] for p in batch.positions]
+                    rows = [list(row) for row in zip(*columns, strict=True)]
+                    assert rows == table[rank * share : (rank + 1) * share]
+
+
 def test_windows_of_one_hold_the_same_as_windows_of_three(source):
     wide, narrow = global_steps(source, 4), global_steps(source, 12, window=1)
     for step, (lanes, *_) in enumerate(wide):
@@ -199,7 +233,7 @@ def test_moving_a_window_moves_everything(source):
     with loader(source) as one:
         batch = next(one).batches[0].to("meta")
     assert batch.lanes.is_meta
-    for part in (batch.look_back, *batch.positions):
+    for part in (*batch.look_backs, *batch.positions):
         for value in vars(part).values():
             assert (value.positions if isinstance(value, SequenceLayout) else value).is_meta
 
@@ -218,6 +252,6 @@ def test_an_empty_window_is_refused(source):
 def test_state_of_another_number_of_lanes_is_refused(source):
     with (
         loader(source, state=LaneState.initial(4)) as one,
-        pytest.raises(DataError, match=r"\[4\] lanes, this run has 8"),
+        pytest.raises(DataError, match="it has 4 lanes, this run has 8"),
     ):
         next(one)

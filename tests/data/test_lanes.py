@@ -1,20 +1,24 @@
-import heapq
+"""The lane schedule against a simulation that asks every lane at every position of time what it does."""
+
 import itertools
 import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rxt_dist.data import lanes as lanes_module
 from rxt_dist.data.lanes import LaneSchedule, LaneState
 from rxt_dist.data.order import epoch_permutation
 from rxt_dist.errors import DataError
 
 KEY = 5
 FIELDS = ("epochs", "conversations", "interactions", "visits")
+unhurried = settings(deadline=None)  # a loaded machine is no failure
 counts_strategy = st.lists(st.integers(1, 7), min_size=1, max_size=25)
 lanes_strategy = st.integers(1, 9)
+widths_strategy = st.lists(st.integers(1, 6), min_size=1, max_size=8)
 
 
 def run(counts, lanes, widths, state=None):
@@ -30,34 +34,71 @@ def run(counts, lanes, widths, state=None):
     return joined, states
 
 
-def event_simulation(counts, lanes, positions):
-    """The same schedule from first principles: a heap of (time at which the lane is free, lane)."""
+def simulation(counts, lanes, positions):
+    """The same schedule step by step: {field: [G, positions]}. A lane without a conversation takes the next
+    one of the stream, the lowest number first."""
     stream = (
         (epoch, int(conversation))
         for epoch in itertools.count()
         for conversation in epoch_permutation(KEY, epoch, len(counts))
     )
-    served = {}
-    heap = [(0, lane) for lane in range(lanes)]
-    for visit, (epoch, conversation) in enumerate(stream):
-        time, lane = heapq.heappop(heap)
-        if time >= positions:
-            return served
-        for interaction in range(counts[conversation]):
-            served[lane, time + interaction] = (epoch, conversation, interaction, visit)
-        heapq.heappush(heap, (time + counts[conversation], lane))
-    raise AssertionError
+    visits = enumerate(stream)
+    table = {name: np.empty((lanes, positions), dtype=np.int64) for name in FIELDS}
+    holds = [None] * lanes
+    for position in range(positions):
+        for lane in range(lanes):
+            if holds[lane] is None:
+                visit, (epoch, conversation) = next(visits)
+                holds[lane] = [epoch, conversation, 0, visit]
+            for name, value in zip(FIELDS, holds[lane], strict=True):
+                table[name][lane, position] = value
+            holds[lane][2] += 1
+            if holds[lane][2] == counts[holds[lane][1]]:
+                holds[lane] = None
+    return table
 
 
-@given(counts_strategy, lanes_strategy, st.integers(1, 30))
-def test_the_schedule_is_the_event_simulation(counts, lanes, positions):
-    joined, _ = run(counts, lanes, [positions])
-    expected = event_simulation(counts, lanes, positions)
-    for lane, position in itertools.product(range(lanes), range(positions)):
-        found = tuple(int(joined[name][lane, position]) for name in FIELDS)
-        assert found == expected[lane, position]
+def assert_same(found, expected):
+    for name in FIELDS:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
 
 
+@unhurried
+@given(counts_strategy, lanes_strategy, widths_strategy)
+def test_the_schedule_is_the_simulation(counts, lanes, widths):
+    joined, _ = run(counts, lanes, widths)
+    assert_same(joined, simulation(counts, lanes, sum(widths)))
+
+
+@pytest.mark.parametrize(("lanes", "width"), [(64, 1), (250, 3), (1024, 4)])
+def test_the_schedule_is_the_simulation_over_many_plans(lanes, width, monkeypatch):
+    rng = np.random.default_rng(0)
+    counts = np.clip(rng.lognormal(1.5, 1.0, 7000).round(), 1, 300).astype(np.uint32)
+    monkeypatch.setattr(lanes_module, "_CELLS_AHEAD", 1 << 13)
+    positions = 80_000 // lanes // width * width
+    joined, _ = run(counts, lanes, [width] * (positions // width))
+    assert joined["epochs"].max() >= 1
+    assert_same(joined, simulation(counts.tolist(), lanes, positions))
+
+
+@unhurried
+@given(counts_strategy, st.sampled_from([8, 16]), st.lists(widths_strategy, min_size=8, max_size=8))
+def test_ranks_that_cut_their_own_windows_hold_one_table(counts, lanes, widths):
+    """Every rank computes the schedule by itself and has its lanes of it."""
+    expected = simulation(counts, lanes, max(sum(cut) for cut in widths))
+    for dp_size in (1, 2, 4, 8):
+        share = lanes // dp_size
+        for rank in range(dp_size):
+            cut = widths[rank]
+            joined, _ = run(counts, lanes, cut)
+            own = slice(rank * share, (rank + 1) * share)
+            assert_same(
+                {name: joined[name][own] for name in FIELDS},
+                {name: expected[name][own, : sum(cut)] for name in FIELDS},
+            )
+
+
+@unhurried
 @given(counts_strategy, lanes_strategy)
 def test_every_interaction_is_served_exactly_once_per_epoch(counts, lanes):
     everything = {(c, i) for c, n in enumerate(counts) for i in range(n)}
@@ -72,6 +113,7 @@ def test_every_interaction_is_served_exactly_once_per_epoch(counts, lanes):
         assert set(served) == everything
 
 
+@unhurried
 @given(counts_strategy, lanes_strategy)
 def test_interactions_of_a_conversation_follow_each_other_in_one_lane(counts, lanes):
     joined, _ = run(counts, lanes, [25])
@@ -89,23 +131,94 @@ def test_interactions_of_a_conversation_follow_each_other_in_one_lane(counts, la
                 assert row["visits"][then] > row["visits"][now]
 
 
-@given(counts_strategy, lanes_strategy, st.lists(st.integers(1, 6), min_size=1, max_size=8))
+@unhurried
+@given(counts_strategy, lanes_strategy, widths_strategy)
 def test_windows_can_be_cut_anywhere(counts, lanes, widths):
     cut, states = run(counts, lanes, widths)
     whole, (last,) = run(counts, lanes, [sum(widths)])
-    for name in FIELDS:
-        np.testing.assert_array_equal(cut[name], whole[name])
+    assert_same(cut, whole)
     assert states[-1].to_dict() == last.to_dict()
 
 
+@unhurried
 @given(counts_strategy, lanes_strategy, st.integers(1, 12))
 def test_restart_from_any_state_continues_identically(counts, lanes, done):
     whole, _ = run(counts, lanes, [1] * (done + 10))
     _, states = run(counts, lanes, [1] * done)
     restored = LaneState.from_dict(json.loads(json.dumps(states[-1].to_dict())))
     rest, _ = run(counts, lanes, [10], state=restored)
-    for name in FIELDS:
-        np.testing.assert_array_equal(rest[name], whole[name][:, done:])
+    assert_same(rest, {name: whole[name][:, done:] for name in FIELDS})
+
+
+@unhurried
+@given(counts_strategy, lanes_strategy, st.lists(st.integers(0, 11), min_size=1, max_size=20))
+def test_what_was_asked_before_does_not_matter(counts, lanes, order):
+    """One schedule object gives the same window for a state whenever it is asked, in any order."""
+    whole, states = run(counts, lanes, [2] * 12)
+    states = [LaneState.initial(lanes), *states]
+    schedule = LaneSchedule(counts, key=KEY, lanes=lanes)
+    for number in order:
+        window, after = schedule.next_window(states[number], 2)
+        found = {name: getattr(window, name) for name in FIELDS}
+        assert_same(found, {name: whole[name][:, 2 * number : 2 * number + 2] for name in FIELDS})
+        assert after.to_dict() == states[number + 1].to_dict()
+
+
+def count_permutations(monkeypatch):
+    """Epochs whose permutation is computed from now on."""
+    epochs = []
+
+    def counted(key, epoch, count):
+        epochs.append(epoch)
+        return epoch_permutation(key, epoch, count)
+
+    monkeypatch.setattr(lanes_module, "epoch_permutation", counted)
+    return epochs
+
+
+def test_a_resume_does_not_replay_the_past(monkeypatch):
+    counts, lanes, epoch = np.full(5000, 3), 16, 200_000
+    permutation = epoch_permutation(KEY, epoch, 5000)
+    taken = 4000
+    late = LaneState.from_dict(
+        {
+            "epoch": epoch,
+            "place": taken,
+            "epochs": [epoch] * lanes,
+            "conversations": permutation[taken - lanes : taken].tolist(),
+            "served": [2] * lanes,
+            "visits": list(range(epoch * 5000 + taken - lanes, epoch * 5000 + taken)),
+        }
+    )
+    epochs = count_permutations(monkeypatch)
+    window, _ = LaneSchedule(counts, key=KEY, lanes=lanes).next_window(late, 4)
+    assert set(epochs) <= {epoch, epoch + 1}
+    assert window.interactions.tolist() == [[2, 0, 1, 2]] * lanes
+    assert window.conversations[:, 0].tolist() == permutation[taken - lanes : taken].tolist()
+    assert window.conversations[:, 1].tolist() == permutation[taken : taken + lanes].tolist()
+
+
+def test_an_epoch_is_permuted_once_and_planned_in_bounded_pieces(monkeypatch):
+    counts = np.random.default_rng(3).integers(1, 9, 60_000).astype(np.uint32)
+    epochs = count_permutations(monkeypatch)
+    schedule, state = LaneSchedule(counts, key=KEY, lanes=32), LaneState.initial(32)
+    assert schedule._counts is counts
+    plans = set()
+    while state.epoch < 2:
+        _, state = schedule.next_window(state, 2)
+        plan, _, _ = schedule._planned
+        plans.add(plan)
+        assert plan.cells.size <= 4 * lanes_module._CELLS_AHEAD
+    assert sorted(set(epochs)) == [0, 1, 2]
+    assert len(epochs) <= 7  # at most twice more where a plan looks past the end of an epoch
+    assert len(plans) > 2
+
+
+def test_windows_cannot_be_changed_by_who_reads_them():
+    schedule = LaneSchedule([2, 3], key=KEY, lanes=2)
+    window, _ = schedule.next_window(LaneState.initial(2), 3)
+    with pytest.raises(ValueError, match="read-only"):
+        window.conversations[0, 0] = 1
 
 
 def test_visits_are_numbered_along_the_stream_without_gaps():
@@ -127,6 +240,33 @@ def test_a_window_does_not_change_the_state_it_starts_from():
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: {"visits": [visit + 1 for visit in state["visits"]]},
+        lambda state: {"epochs": [epoch + 1 for epoch in state["epochs"]]},
+        lambda state: {"conversations": [(number + 1) % 10 for number in state["conversations"]]},
+        lambda state: {"place": 0},
+        lambda state: {name: state[name][:1] * 2 for name in ("conversations", "epochs", "visits")},
+    ],
+)
+def test_state_that_the_stream_does_not_give_is_refused(change):
+    schedule = LaneSchedule([4, 1, 2, 3, 5, 2, 1, 1, 3, 2], key=KEY, lanes=2)
+    _, after = schedule.next_window(LaneState.initial(2), 8)
+    state = after.to_dict() | {"served": [0, 0]}
+    assert state["epoch"] == 0
+    schedule.next_window(LaneState.from_dict(state), 1)
+    with pytest.raises(DataError, match="not those of this dataset, seed and stage"):
+        schedule.next_window(LaneState.from_dict(state | change(state)), 1)
+
+
+def test_state_of_another_seed_is_refused():
+    counts = [4, 4, 4, 4, 4, 4, 4, 4, 4, 4]
+    _, state = LaneSchedule(counts, key=KEY, lanes=3).next_window(LaneState.initial(3), 5)
+    with pytest.raises(DataError, match="not those of this dataset, seed and stage"):
+        LaneSchedule(counts, key=KEY + 1, lanes=3).next_window(state, 1)
+
+
+@pytest.mark.parametrize(
     ("counts", "message"), [([], "no conversations"), ([1, 0], "conversation 1 has no inter")]
 )
 def test_unusable_counts_are_refused(counts, message):
@@ -144,6 +284,7 @@ def test_unusable_counts_are_refused(counts, message):
         ({"conversations": [-2, 0]}, "conversations is malformed"),
         ({"visits": None}, "visits is malformed"),
         ({"extra": 1}, "found the entries"),
+        ({"visits": [0]}, "found lists of the lengths .*'visits': 1.*, valid is one entry a lane"),
     ],
 )
 def test_malformed_state_is_refused(change, message):
@@ -158,7 +299,7 @@ def test_malformed_state_is_refused(change, message):
         ({"place": 3}, "this one has 3 conversations"),
         ({"served": [0, 3], "conversations": [1, 2]}, "lane 1 has served 3 interactions of conversation 2"),
         ({"served": [1, 0]}, "lane 0 has served 1 interactions of conversation -1"),
-        ({"visits": [0]}, r"it has \[1, 2\] lanes, this run has 2"),
+        (LaneState.initial(3).to_dict(), "it has 3 lanes, this run has 2"),
     ],
 )
 def test_state_of_another_run_is_refused(change, message):

@@ -171,6 +171,28 @@ def test_options_shape_the_conversations(tmp_path: Path) -> None:
     assert all(" and " in conversation[0]["query"] for conversation in conversations)
 
 
+def test_overwritten_facts_are_asked_for_with_their_newest_value(tmp_path: Path) -> None:
+    """A fact is known by its object: of all statements about it, the last one has the answer."""
+    options = {"conversations": 300, "stories": 0, "min_interactions": 8, "max_interactions": 12}
+    _, conversations = generate(tmp_path / "s", overwrite=0.7, **options)
+    stale = 0
+    for conversation in conversations:
+        for turn, interaction in enumerate(conversation):
+            if "marks" not in interaction:
+                continue
+            word, distance = marked(interaction)
+            (item,) = set(interaction["query"].split()) & set(OBJECTS)
+            about = [t for t in range(turn) if item in conversation[t]["query"].split()]
+            assert turn - about[-1] == distance
+            told = [conversation[t]["query"].split() for t in about if "marks" not in conversation[t]]
+            assert word in told[-1]
+            stale += len(told) > 1 and word not in told[-2]
+    assert stale > 100
+    _, never = generate(tmp_path / "never", overwrite=0.0, **options)
+    _, default = generate(tmp_path / "default", **options)
+    assert never == default != conversations
+
+
 def test_values_are_balanced(recall: tuple[Path, list[str], list[list[dict[str, Any]]]]) -> None:
     asked = Counter(marked(i)[0] for c in recall[2] for i in c if "marks" in i)
     assert set(asked) == set(VALUES)
@@ -200,6 +222,9 @@ def test_rich_texts_are_varied(tmp_path: Path) -> None:
         (("--min-interactions", 0), "1 <= min <= max"),
         (("--min-interactions", 9), "1 <= min <= max"),
         (("--max-distance", 0), "--max-distance is 0"),
+        (("--overwrite", 1.5), "--overwrite is 1.5; it must be between 0 and 1"),
+        (("--overwrite", "nan"), "--overwrite is nan"),
+        (("--overwrite", 0.5, "--profile", "rich"), "--overwrite needs --profile recall; found rich"),
         (("--profile", "poor"), "invalid choice"),
     ],
 )

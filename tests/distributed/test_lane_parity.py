@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.datasets import Datasets
-from helpers.lanes import (
-    MemoryPieces,
-    fresh_stm,
-    plain_answer,
-    plain_write,
-    stored_conversations,
-    timeline,
-)
 from helpers.launch import deepspeed, run_ranks
+from helpers.plain_smat import PlainSmat
 from helpers.runs import (
     arguments,
     checkpoints,
@@ -29,14 +22,13 @@ from helpers.runs import (
 )
 
 from rxt_dist.checkpoint import CheckpointReader
-from rxt_dist.config import RunConfig, load_config, stage_optimizer
+from rxt_dist.config import load_config
 from rxt_dist.kernels.attention import set_attention_backend
-from rxt_dist.model import RxTModel, build_model
-from rxt_dist.randomness import derive_key
-from rxt_dist.train.schedule import learning_rate
+from rxt_dist.model import build_model
+from rxt_dist.stages.memory_statistics import MEMORY_STATISTICS
 
 TOLERANCE = 1e-5
-WEIGHT_TOLERANCE = 2e-4  # Adam divides by the gradient's size, so rounding shows where it is nearly zero
+WEIGHT_TOLERANCE = 5e-4  # Adam divides by the gradient's size, so rounding shows where it is nearly zero
 LANES = 4
 WRITE_STEPS, SMAT_STEPS = 4, 5
 # Everything random is on: it too must not depend on where a lane is processed.
@@ -128,7 +120,7 @@ def test_weights_and_memories_are_the_same_on_every_mesh(
 
 
 def test_records_hold_the_losses_of_their_stage(runs: dict[str, Path]) -> None:
-    counts = ("grad_norm", "lr", "tokens", "total_tokens")
+    counts = (*MEMORY_STATISTICS, "reset_share", "grad_norm", "lr", "tokens", "total_tokens")
     for record in untimed(metrics(runs["2 ranks"])):
         if record["stage"] == "smat":
             parts = ("answer_loss", "answer_accuracy", "aux_loss")
@@ -140,72 +132,13 @@ def test_records_hold_the_losses_of_their_stage(runs: dict[str, Path]) -> None:
         assert record["loss"] == pytest.approx(loss, rel=1e-6)
 
 
-class PlainSmat:
-    """All lanes of every step in one process: a graph a lane, stock losses, torch's AdamW and clipping."""
-
-    def __init__(self, config: RunConfig, model: RxTModel) -> None:
-        self.config, self.model = config, model
-        assert config.data.conversations is not None
-        stored = stored_conversations(config.data.conversations, "train", config.model.seq_len)
-        self.source = MemoryPieces(stored)
-        self.window, index = config.batch.window, 1
-        key = derive_key(config.seed, "stage", "smat", index)
-        self.places = timeline(self.source, LANES, SMAT_STEPS * self.window, key)
-        self.settings = stage_optimizer(config, config.stages[index])
-        self.trained = [p for name, p in model.named_parameters() if not name.startswith("mlm_head")]
-        self.optimizer = torch.optim.AdamW(
-            self.trained,
-            betas=self.settings.betas,
-            eps=self.settings.eps,
-            weight_decay=self.settings.weight_decay,
-        )
-        self.carried: dict[int, torch.Tensor] = {}
-
-    def step(self, number: int) -> dict[str, float]:
-        answers = []
-        for lane in range(LANES):
-            stm = self.carried.get(lane)
-            for places in self.places[number * self.window : (number + 1) * self.window]:
-                place = places[lane]
-                conversation = self.source.conversations[place.conversation]
-                if place.number == 0:
-                    stm = fresh_stm(self.config, place.visit)
-                else:
-                    assert stm is not None
-                    stm = plain_write(self.model, stm, conversation[place.number - 1])
-                answers.append(plain_answer(self.model, stm, conversation[place.number]))
-            assert stm is not None
-            self.carried[lane] = stm.detach()
-        targets, tokens = sum(a.targets for a in answers), sum(a.tokens for a in answers)
-        answer_loss = torch.stack([a.loss for a in answers]).sum() / targets
-        balance = torch.stack([a.balance for a in answers]).sum() / tokens
-        loss = answer_loss + 0.01 * balance
-        self.optimizer.zero_grad()
-        loss.backward()
-        for parameter in self.trained:
-            if parameter.grad is None:  # no lane has a past: as zero, it counts as an update
-                parameter.grad = torch.zeros_like(parameter)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, number, SMAT_STEPS)
-        self.optimizer.step()
-        return {
-            "loss": loss.item(),
-            "answer_loss": answer_loss.item(),
-            "answer_accuracy": sum(a.correct for a in answers) / targets,
-            "aux_loss": balance.item(),
-            "grad_norm": norm.item(),
-            "tokens": tokens,
-        }
-
-
 @pytest.mark.parametrize("mesh", ["2 ranks, accumulation", "2 ranks, window 1, ZeRO 2"])
 def test_smat_is_plain_autograd_over_all_lanes(runs: dict[str, Path], mesh: str) -> None:
     set_attention_backend("sdpa", torch.device("cpu"), torch.float32)
     config = load_config(runs[mesh] / "config.yaml")
     model = build_model(config.model, config.seed)
     CheckpointReader(checkpoints(runs[mesh])[WRITE_STEPS]).load_weights(model)
-    plain = PlainSmat(config, model)
+    plain = PlainSmat(config, model, 1, SMAT_STEPS)
     logged = metrics(runs[mesh])[WRITE_STEPS:]
     assert max(place.number for places in plain.places for place in places) >= 2
     for number, record in enumerate(logged):

@@ -88,10 +88,11 @@ def test_stages_page_lists_the_options_of_each_stage(name: str) -> None:
 def own_options(name: str) -> Iterator[str]:
     """Fields that stage ``name`` takes and some other stage refuses, found by trying."""
     numbers = [field for field, info in StageConfig.model_fields.items() if info.annotation is float]
-    values = {"components": "encoder", "frozen": ["encoder"], **dict.fromkeys(numbers, 0.5)}
+    values = {"components": "encoder", "frozen": ["encoder"], "unfreeze": {"encoder": 4}}
+    values |= {"unused_slots": "kept", "system_prompts": True, **dict.fromkeys(numbers, 0.5)}
     for field, value in values.items():
         try:
-            StageConfig.model_validate({"name": name, "steps": 1, field: value})
+            StageConfig.model_validate({"name": name, "steps": 9, field: value})
         except ValidationError:
             continue
         yield field

@@ -68,9 +68,9 @@ def test_only_what_a_stage_trains_moves(run: Path) -> None:
         assert after.keys() == before.keys()
         assert all(values.dtype == torch.float32 for values in after.values())
         moved = {name for name, values in after.items() if not torch.equal(values, before[name])}
-        assert {name.partition(".")[0] for name in moved} == MOVES[step], step
-        # Shared by encoder and decoder: one that is frozen keeps it for both.
-        assert (EMBEDDING in moved) == (step == 6)
+        assert {name.partition(".")[0] for name in moved - {EMBEDDING}} == MOVES[step], step
+        # Shared by encoder and decoder: it trains with whichever of them does.
+        assert (EMBEDDING in moved) == bool(MOVES[step] & {"encoder", "decoder"})
         if step == 2:
             # All of memory attention trains, apart from what a zero initial weight cuts off.
             trained = {name for name in after if name.startswith("memory_attention")}

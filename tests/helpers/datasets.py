@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,20 @@ def build_datasets(folder: Path) -> Datasets:
         options = ("--tokenizer", folder / tokenizer, "--output", output, "--workers", 1)
         _call("shard", kind, "--input", source, *options, "--val-fraction", 0.1)
     return found
+
+
+def with_system_prompts(datasets: Datasets, folder: Path) -> Path:
+    """The conversations of ``datasets``, two of three with a system prompt, as another dataset."""
+    lines = (datasets.conversations.parent / "corpus" / "conversations.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for number, record in enumerate(records):
+        if number % 3:
+            record["system"] = f"note that kim has the {('red', 'blue', 'teal')[number % 7 % 3]} cup ."
+    source, output = folder / "prompted.jsonl", folder / "prompted"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = ("--tokenizer", datasets.conversations.parent / "tokenizer", "--workers", 1)
+    _call("shard", "conversations", "--input", source, *options, "--output", output, "--val-fraction", 0.1)
+    return output
 
 
 def _call(*arguments: object) -> None:

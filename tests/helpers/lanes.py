@@ -102,7 +102,10 @@ def other_words(interaction: Interaction, by: int = 11) -> Interaction:
 class MemoryPieces:
     """What the lanes read of a dataset, from lists."""
 
-    def __init__(self, conversations: Sequence[Conversation]) -> None:
+    def __init__(
+        self, conversations: Sequence[Conversation], prompts: Sequence[list[int]] | None = None
+    ) -> None:
+        """``prompts``: the system prompt of every conversation, empty for none."""
         self.conversations = conversations
         self.flat = [one for conversation in conversations for one in conversation]
         self.lengths = np.array([len(one.tokens) for one in self.flat], dtype=np.int32)
@@ -110,9 +113,14 @@ class MemoryPieces:
         counts = np.array([len(conversation) for conversation in conversations], dtype=np.uint32)
         starts = np.cumsum(counts.astype(np.int64)) - counts
         self.dataset = SimpleNamespace(interactions=counts, interaction_starts=starts)
+        self.prompts = prompts or [[] for _ in conversations]
+        self.prompt_kept = np.array([len(prompt) for prompt in self.prompts], dtype=np.int64)
 
     def read_tokens(self, pieces: np.ndarray) -> np.ndarray:
         return np.array([t for piece in pieces for t in self.flat[piece].tokens], dtype=np.int64)
+
+    def read_prompts(self, conversations: np.ndarray) -> np.ndarray:
+        return np.array([t for number in conversations for t in self.prompts[number]], dtype=np.int64)
 
     def read_marks(self, pieces: np.ndarray) -> np.ndarray:
         return np.array([m for piece in pieces for m in self.flat[piece].marks], dtype=np.uint8)
@@ -147,7 +155,7 @@ def lane_module(config: RunConfig, model: RxTModel | None = None) -> Any:
 @contextmanager
 def windows(
     source: Any, *, window: int, lanes: int = 4, rank: int = 0, ranks: int = 1, micro: int | None = None,
-    look_back: bool = True, state: LaneState | None = None,
+    look_back: bool = True, state: LaneState | None = None, system_prompts: bool = False,
 ) -> Iterator[Iterator[WindowStep]]:  # fmt: skip
     """The endless steps of one rank."""
     with LaneLoader(
@@ -161,6 +169,7 @@ def windows(
         pad_id=PAD,
         stm_size=SLOTS,
         look_back=look_back,
+        system_prompts=system_prompts,
         state=state,
     ) as loader:
         yield loader

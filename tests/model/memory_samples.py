@@ -99,7 +99,7 @@ def _lane(net: MemoryAttention, inputs: Inputs, layer: int, lane: int) -> torch.
     tokens = inputs.encoded[layer, start:end]
     old = _own_step(net, inputs.stm[:, lane], layer)
     source = _rms_norm(tokens, net.input_norm.weight[layer])
-    new = _attend(net.attention, layer, _norm(net.norm, old, layer), source, rope_base=net.rope_base)
+    new = _attend(net.attention, layer, _norm(net.norm, old, layer), source, rope_base=net.rope.base)
     return _mix(net.gate, layer, old, new) if net.residual else new
 
 

@@ -130,3 +130,21 @@ def test_experts_can_start_as_linear_layers_do() -> None:
         assert_uniform(experts.w_out, 24)
         assert experts.b_in.any()
         assert experts.b_out.any()
+
+
+def test_queries_and_keys_of_self_attention_start_smaller_when_asked() -> None:
+    """The same draws, scaled: nothing else moves."""
+    plain = build_model(CONFIG, seed=5)
+    scaled = build_model(CONFIG.model_copy(update={"query_key_init_scale": 0.25}), seed=5)
+    moved = dict(scaled.named_parameters())
+    checked = 0
+    for name, parameter in plain.named_parameters():
+        if not name.endswith("attention.qkv.weight"):
+            assert torch.equal(parameter, moved[name]), name
+            continue
+        attention = plain.get_submodule(name.removesuffix(".qkv.weight"))
+        rows = (attention.query_heads + attention.kv_heads) * attention.head_width
+        torch.testing.assert_close(moved[name][:rows], parameter[:rows] * 0.25, rtol=1e-6, atol=1e-8)
+        assert torch.equal(moved[name][rows:], parameter[rows:])
+        checked += 1
+    assert checked == CONFIG.encoder.num_layers + CONFIG.decoder.num_layers + 1

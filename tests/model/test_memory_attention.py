@@ -20,7 +20,7 @@ from memory_samples import (
     network,
 )
 
-from rxt_dist.interchange.reference import ReferenceMemoryAttention
+from rxt_dist.interchange import reference_of
 from rxt_dist.model import MemoryAttention, SequenceLayout
 from rxt_dist.model.memory_attention import GateValues, MemoryGroups, gate_statistics
 
@@ -191,12 +191,13 @@ def test_position_and_order_of_tokens_matter() -> None:
 
 def test_hidden_keys_of_a_layout_are_hidden_from_the_memory() -> None:
     """A layout may hold positions that attention must not see, as padded published batches do."""
-    net, inputs = network(memory_config()), Inputs.random(LENGTHS)
+    config = memory_config()
+    net, inputs = network(config), Inputs.random(LENGTHS)
     mask = torch.arange(9) < torch.tensor(LENGTHS)[:, None]
     padded = torch.randn(LAYERS, 3, 9, WIDTH)
     padded[:, mask] = inputs.encoded.detach()
     torch.testing.assert_close(
-        ReferenceMemoryAttention(net, [], None).forward_padded(padded, mask, inputs.stm),
+        reference_of(net, config).forward_padded(padded, mask, inputs.stm),
         net(inputs.stm, inputs.encoded, inputs.layout),
         rtol=1e-5,
         atol=1e-6,

@@ -18,7 +18,7 @@ def test_the_run_file_of_the_readme_is_valid(tmp_path: Path) -> None:
     run_file.write_text(example)
     config = load_config(run_file, require_data=False)
     assert config.batch.packs == 16
-    assert [stage.steps for stage in config.stages] == [2000, 500, 200, 300, 1000]
+    assert [stage.steps for stage in config.stages] == [2000, 500, 200, 1300]
     assert config.model.name == "rxt-tiny"
 
 

@@ -14,15 +14,6 @@ import torch
 import torch.nn.functional as F
 from test_parity_components import AUX_SCALE, assert_close, assert_gradients, fixtures, read
 
-from rxt_dist.errors import CheckpointError
-from rxt_dist.interchange.config import COMPONENT_DEFAULTS
-from rxt_dist.interchange.mapping import collect, named_tensors
-from rxt_dist.interchange.memory import (
-    MEMORY_DEFAULTS,
-    VARIANTS,
-    memory_attention_config,
-    memory_attention_entries,
-)
 from rxt_dist.interchange.reference import (
     ReferenceDecoder,
     ReferenceEncoder,
@@ -30,12 +21,14 @@ from rxt_dist.interchange.reference import (
     ReferenceModule,
     load_reference,
 )
-from rxt_dist.model import MemoryAttention
-from rxt_dist.model.initialisation import initialise
 
-# After Adam's division by its second moment, rounding in a tensor's smallest gradients shows in its
-# largest relative error; the relative error of the whole tensor stays where it was.
+# Adam moves a weight by its gradient over the gradient's size, whatever that is: where it is a millionth of
+# its tensor's largest, its rounding error is as large as itself. The same steps in float64 differ from the
+# recorded weights by 5e-5 at such places, as much as ours in float32 do. So 1e-5 is asked of each tensor as a
+# whole and of every weight with a gradient worth the name (more than 99.9 % of them), and less of the others.
 TOLERANCE_AFTER_ADAM = 1e-5
+TOLERANCE_OF_NEARLY_ZERO_GRADIENTS = 1e-4
+GRADIENT_WORTH_THE_NAME = 1e-5
 CLIP_NORM = 1.0
 COMMON = {
     "num_layers": 2,
@@ -95,11 +88,23 @@ def gradients_by_component(components: Mapping[str, ReferenceModule]) -> dict[st
     }
 
 
-def assert_weights(module: ReferenceModule, recorded: Mapping[str, torch.Tensor]) -> None:
+def assert_weights(
+    module: ReferenceModule, recorded: Mapping[str, torch.Tensor], steps: list[dict[str, torch.Tensor]]
+) -> None:
+    """The weights after ``steps``, given by their gradients."""
     ours = module.reference_tensors()
     assert set(ours) == set(recorded)
+    kept = 0
     for name, weight in recorded.items():
         assert_close_as_a_whole(ours[name], weight, name)
+        worth = torch.ones_like(weight, dtype=torch.bool)
+        for gradient in (step[name].abs() for step in steps if name in step):
+            worth &= (gradient >= GRADIENT_WORTH_THE_NAME * gradient.max()) | (gradient == 0)
+        error = (ours[name] - weight).abs() / weight.abs().max()
+        assert error[worth].max() <= TOLERANCE_AFTER_ADAM, name
+        assert error.max() <= TOLERANCE_OF_NEARLY_ZERO_GRADIENTS, name
+        kept += int(worth.sum())
+    assert kept > 0.999 * sum(weight.numel() for weight in recorded.values())
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -132,6 +137,7 @@ def test_self_supervised_memory_steps() -> None:
     parameters = list(memory.parameters())
     optimizer = torch.optim.AdamW(parameters, **fixture["optimizer"])
     stm = fixture["stm0"]
+    gradients = []
     for step in fixture["steps"]:
         ids, mask = step["input_ids"], step["attention_mask"]
         with torch.no_grad():
@@ -143,14 +149,15 @@ def test_self_supervised_memory_steps() -> None:
         loss = -F.cosine_similarity(after, kept * stm + written * encoded, dim=-1, eps=1e-8).mean()
         optimizer.zero_grad()
         loss.backward()
+        gradients.append(memory.reference_gradients())
         for name, gradient in step.get("grads", {}).items():
-            ours = gradients_by_component({"memory_attention": memory})[name]
+            ours = gradients[-1][name.removeprefix("memory_attention.")]
             assert_close_as_a_whole(ours, gradient, name)
         assert_close(clipped_step(optimizer, parameters), step["grad_norm"], "gradient norm")
         assert_close(loss, step["loss"], "loss")
         assert_close(after, step["new_stm"], "new STM")
         stm = after
-    assert_weights(memory, fixture["state_dict_after"])
+    assert_weights(memory, fixture["state_dict_after"], gradients)
 
 
 def test_supervised_memory_aware_steps() -> None:
@@ -164,6 +171,7 @@ def test_supervised_memory_aware_steps() -> None:
     parameters = list(torch.nn.ModuleList(components.values()).parameters())
     optimizer = torch.optim.AdamW(parameters, **fixture["optimizer"])
     stm, previous = fixture["stm0"], None
+    gradients: dict[str, list[dict[str, torch.Tensor]]] = {component: [] for component in components}
     for step in fixture["steps"]:
         ids, mask = step["input_ids"], step["attention_mask"]
         stm = stm.detach()
@@ -175,6 +183,8 @@ def test_supervised_memory_aware_steps() -> None:
         loss = answer_loss(logits, step) + AUX_SCALE * output.aux_sum / ids.numel()
         optimizer.zero_grad()
         loss.backward()
+        for component, module in components.items():
+            gradients[component].append(module.reference_gradients())
         ours = gradients_by_component(components)
         if "grads" in step:
             assert set(ours) - set(step["grads"]) == {"decoder.model.embedding.weight"}  # the shared table
@@ -186,7 +196,7 @@ def test_supervised_memory_aware_steps() -> None:
         assert_close(stm, step["stm"], "STM")
         previous = step
     for component, module in components.items():
-        assert_weights(module, fixture["after"][component])
+        assert_weights(module, fixture["after"][component], gradients[component])
 
 
 def answer_loss(logits: torch.Tensor, step: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -195,161 +205,3 @@ def answer_loss(logits: torch.Tensor, step: Mapping[str, torch.Tensor]) -> torch
     start = step["query_lengths"][:, None]
     in_answer = (column >= start) & (column < start + step["answer_lengths"][:, None])
     return F.cross_entropy(logits[:, :-1][in_answer[:, 1:]], step["input_ids"][:, 1:][in_answer[:, 1:]])
-
-
-SMALL: dict[str, Any] = {
-    "num_layers": 2,
-    "embed_dim": 16,
-    "att_heads": 4,
-    "seq_len": 8,
-    "stm_size": 6,
-    "att_groups": 2,
-    "att_query_groups": 2,
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "no-gate": {},
-    "static": {"use_gated_residual": True},
-    "elementwise-shared": {
-        "use_gated_residual": True,
-        "residual_gate_type": "elementwise",
-        "residual_per_slot_gate": False,
-    },
-    "linear-status": {
-        "use_gated_residual": True,
-        "residual_gate_type": "linear",
-        "residual_gate_slot_status_type": "linear",
-        "use_gate_for_self_attention": True,
-    },
-    "rms": {"norm_type": "rms", "norm_per_dim_scale": True},
-    "adaptive": {"norm_type": "adaptive"},
-    "positional": {"norm_type": "positional"},
-    "layer": {"norm_type": "layer", "norm_init_gate": -1.0},
-    "types": {"att_type": "mha", "self_att_type": "gqa", "interlayer_att_type": "mqa"},
-    "widths": {
-        "interlayer_att_groups": 1,
-        "interlayer_att_query_groups": 4,
-        "self_att_groups": 4,
-        "self_att_query_groups": 1,
-    },
-}
-
-
-def memory_checkpoint(cls: str, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A random network's complete configuration, and its tensors under published names."""
-    others = {f"{kind}_att_query_groups": 1 for kind in ("self", "interlayer")}
-    own = {**SMALL, **others, **config}
-    values = {**COMPONENT_DEFAULTS, **MEMORY_DEFAULTS, **own}
-    module = MemoryAttention(memory_attention_config(VARIANTS[cls], values, {}))
-    initialise(module, seed=4)
-    return own, collect(memory_attention_entries(module), named_tensors(module))
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("cls", VARIANTS)
-def test_round_trip(cls: str, name: str) -> None:
-    config, state = memory_checkpoint(cls, CONFIGS[name])
-    loaded = load_memory(f"somewhere.else.{cls}", config, state)
-    written = loaded.reference_tensors()
-    assert written.keys() == state.keys()
-    assert all(torch.equal(written[key], state[key]) for key in state)
-    held = named_tensors(loaded.module).values()
-    assert sum(t.numel() for t in state.values()) == sum(t.numel() for t in held)
-    assert loaded.stored_stm is None
-    after = loaded.forward_padded(torch.randn(2, 3, 7, 16), None, torch.randn(2, 3, 6, 16))
-    assert after.shape == (2, 3, 6, 16)
-
-
-def shapes_of(cls: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    _, state = memory_checkpoint(cls, config)
-    return {
-        key.removeprefix("model.").replace(".1.", "."): tuple(value.shape)
-        for key, value in state.items()
-        if ".0." not in key
-    }
-
-
-def test_published_layouts() -> None:
-    """Names and shapes as published, not only consistent with themselves."""
-    shapes = shapes_of("RxTSelfInterlayerMemoryAttention", CONFIGS["linear-status"])
-    assert shapes["attention_layers.q_proj.weight"] == (8, 16)
-    assert shapes["mean_attention_layers.out_proj.bias"] == (16,)
-    assert shapes["mean_stm_norm.weight"] == shapes["memory_input_norm_layers.weight"] == (16,)
-    assert shapes["mean_residual_gate_layers.gate.weight"] == (6, 6)
-    assert shapes["interlayer_gate_layers.slot_status.weight"] == (1, 16)
-    assert shapes["residual_gate_layers.slot_status.bias"] == (1,)
-    own = shapes_of("RxTSelfMemoryAttention", {**CONFIGS["elementwise-shared"], **CONFIGS["layer"]})
-    assert own["residual_gate_layers.gate"] == (1,)
-    assert own["self_memory_norm_layers.norm.weight"] == (16,)
-    assert own["self_memory_norm_layers.gate"] == (1,)
-    assert not any(key.startswith("self_residual_gate") for key in own)
-    static = shapes_of("RxTSimpleMemoryAttention", CONFIGS["static"])
-    assert static["residual_gate_layers.gate"] == (6, 1)
-
-
-def test_single_numbers_may_be_stored_in_any_shape() -> None:
-    config, state = memory_checkpoint("RxTSelfInterlayerMemoryAttention", CONFIGS["adaptive"])
-    state = {
-        key: torch.tensor(0.5) if key.endswith(("ema_rms", "norm_layers.0.gate")) else value
-        for key, value in state.items()
-    }
-    loaded = load_memory("RxTSelfInterlayerMemoryAttention", config, state)
-    assert loaded.module.norm.gate[0].item() == 0.5
-    assert (loaded.module.mean_norm.ema_rms == 0.5).all()
-
-
-def test_query_heads_left_open_follow_the_stored_projection() -> None:
-    config, state = memory_checkpoint("RxTSelfInterlayerMemoryAttention", {"interlayer_att_query_groups": 4})
-    del config["interlayer_att_query_groups"]
-    loaded = load_memory("RxTSelfInterlayerMemoryAttention", config, state)
-    assert loaded.module.interlayer_attention.q.weight.shape == (2, 16, 16)
-
-
-def test_replacing_instead_of_adding_is_kept() -> None:
-    config, state = memory_checkpoint("RxTSimpleMemoryAttention", {"disable_residual": True})
-    assert not load_memory("RxTSimpleMemoryAttention", config, state).module.residual
-
-
-@pytest.mark.parametrize(
-    ("cls", "change", "message"),
-    [
-        ("RxTSimpleMemoryAttention", {"norm_type": "batch"}, "norm_type is 'batch'; valid: classic-rms, rms"),
-        (
-            "RxTSimpleMemoryAttention",
-            {"use_gated_residual": True, "residual_gate_type": "soft"},
-            "residual_gate_type is 'soft'; valid: static",
-        ),
-        ("RxTSimpleMemoryAttention", {"att_type": "flex"}, "att_type is 'flex'; valid: mha"),
-        (
-            "RxTSelfMemoryAttention",
-            {"use_gate_for_self_attention": True},
-            "use_gate_for_self_attention is True",
-        ),
-        ("RxTGroupedSelfInterlayerMemoryAttention", {"num_groups": 3}, "not possible: .*num_groups"),
-        ("RxTSimpleMemoryAttention", {"disable_residual": True, "use_gated_residual": True}, "gate.type"),
-    ],
-)
-def test_impossible_configurations(cls: str, change: dict[str, Any], message: str) -> None:
-    config, state = memory_checkpoint(cls, {})
-    with pytest.raises(CheckpointError, match=message):
-        load_reference(cls, {**config, **change}, state)
-
-
-@pytest.mark.parametrize(
-    ("key", "replacement", "message"),
-    [
-        ("model.mean_stm_norm.weight", None, r"model\.mean_stm_norm\.weight: missing .*shape \(16,\)"),
-        ("model.attention_layers.1.k_proj.weight", torch.zeros(4, 16), r"found shape \(4, 16\); expected"),
-        (
-            "model.self_attention_layers.0.q_proj.weight",
-            torch.zeros(8, 16),
-            "expected no tensor of this name",
-        ),
-    ],
-)
-def test_wrong_tensors(key: str, replacement: torch.Tensor | None, message: str) -> None:
-    config, state = memory_checkpoint("RxTSelfInterlayerMemoryAttention", {})
-    state.pop(key, None)
-    if replacement is not None:
-        state[key] = replacement
-    with pytest.raises(CheckpointError, match=message):
-        load_reference("RxTSelfInterlayerMemoryAttention", config, state)

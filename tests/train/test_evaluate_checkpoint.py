@@ -86,7 +86,7 @@ def test_the_other_split_and_another_dataset_give_other_numbers(run: Path, other
         evaluate_checkpoint(run),
         evaluate_checkpoint(run, split="train"),
         evaluate_checkpoint(run, settings, split="train"),
-        evaluate_checkpoint(run, [*settings, "evaluation.max_packs=1"], split="train"),
+        evaluate_checkpoint(run, [*settings, "evaluation.max_conversations=7"], split="train"),
     ]
     assert [record["split"] for record in records] == ["val", "train", "train", "train"]
     assert len({record["answer_loss"] for record in records}) == 4
@@ -133,6 +133,55 @@ def test_a_dataset_that_is_missing(run: Path, tmp_path: Path) -> None:
         evaluate_checkpoint(run, [f"data.conversations={tmp_path / 'nothing'}"])
 
 
+class TestMemory:
+    def test_it_is_the_evaluation_of_smat_whatever_stage_the_checkpoint_stands_in(self, run: Path) -> None:
+        before, last = checkpoints(run).values()
+        found = evaluate_checkpoint(before, memory=True)
+        assert (found["stage"], found["step"]) == ("smat", 2)
+        assert found["by_interaction"]
+        assert evaluate_checkpoint(last, memory=True) == evaluate_checkpoint(run)
+
+    def test_a_run_without_lanes_needs_them(self, datasets: Datasets, tmp_path: Path) -> None:
+        own = {"stages": "[{name: joint_lm, steps: 1}]", "batch.lanes": "null", "optimizer.warmup_steps": 0}
+        run_ranks(1, arguments(datasets, tmp_path / "run", SETTINGS | own), tmp_path).check()
+        with pytest.raises(ConfigError, match=r"batch\.lanes: not set.*--set batch\.lanes=32"):
+            evaluate_checkpoint(tmp_path / "run", memory=True)
+        found = evaluate_checkpoint(tmp_path / "run", ["batch.lanes=4"], memory=True)
+        assert found["stage"] == "smat"
+        with pytest.raises(ConfigError, match=r"data\.conversations: not set"):
+            evaluate_checkpoint(tmp_path / "run", ["batch.lanes=4", "data.conversations=null"], memory=True)
+
+    def test_conversations_longer_than_those_of_the_training(
+        self, run: Path, datasets: Datasets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Every interaction has a row, and the files hold what is printed."""
+        corpus, dataset = tmp_path / "corpus", tmp_path / "long"
+        options = ["--conversations", "12", "--stories", "0", "--min-interactions", "11"]
+        assert rxt_data(["synth", "--output", str(corpus), *options, "--max-interactions", "14"]) == 0
+        tokenizer = str(datasets.conversations.parent / "tokenizer")
+        source = ["--input", str(corpus / "conversations.jsonl"), "--tokenizer", tokenizer]
+        assert rxt_data(["shard", "conversations", *source, "--output", str(dataset)]) == 0
+        capsys.readouterr()
+        output = tmp_path / "results" / "long"
+        options = ["--memory", "--split", "train", "--output", str(output)]
+        assert rxt(["eval", str(run), *options, "--set", f"data.conversations={dataset}"]) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert 11 <= len(record["by_interaction"]) <= 14
+        assert all(row["true"]["tokens"] > 0 for row in record["by_interaction"])
+        assert json.loads((output / "evaluation.json").read_text()) == record
+        assert (output / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_an_output_that_cannot_be_made(
+        self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "file").write_text("")
+        assert rxt(["eval", str(run), "--memory", "--output", str(tmp_path / "file" / "folder")]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith(f"error: --output: folder {tmp_path / 'file' / 'folder'}")
+        assert len(printed.err.splitlines()) == 1
+
+
 class TestCommand:
     def test_it_prints_json(self, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert rxt(["eval", str(run)]) == 0
@@ -142,7 +191,8 @@ class TestCommand:
         self, run: Path, others: dict[str, Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
         options = ["--stage", "memory_attention", "--split", "train"]
-        settings = ["--set", f"data.conversations={others['tokenizer']}", "--set", "evaluation.max_packs=1"]
+        limit = "evaluation.max_conversations=7"
+        settings = ["--set", f"data.conversations={others['tokenizer']}", "--set", limit]
         assert rxt(["eval", str(run), *options, *settings]) == 0
         found = json.loads(capsys.readouterr().out)
         assert (found["stage"], found["split"]) == ("memory_attention", "train")

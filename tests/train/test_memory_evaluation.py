@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,13 @@ from rxt_dist.train import memory_evaluation
 from rxt_dist.train.memory_evaluation import evaluate_memory, evaluate_updates
 
 COUNTS = [3, 1, 5, 2, 4, 7, 1, 6]
-FARTHEST = 8  # distances beyond are counted with it
+FARTHEST = 32  # distances beyond are counted with it
 
 
 def marked_conversations() -> list[Conversation]:
-    """Conversations whose answers repeat a word, some of it marked: distances 1 to 3, 8, 9 and 255."""
+    """Conversations whose answers repeat a word, some of it marked: distances 1 to 3, 32, 33 and 255."""
     rng = np.random.default_rng(8)
-    distances = [1, 2, 3, 8, 9, 255]
+    distances = [1, 2, 3, 32, 33, 255]
     conversations = []
     for number, conversation in enumerate(random_conversations(COUNTS, seed=2)):
         marked = []
@@ -54,9 +55,9 @@ def world(rank: int = 0, size: int = 1) -> World:
 
 
 def grouped(conversations: list[Conversation], lanes: int) -> list[list[int]]:
-    """Conversations that are evaluated side by side: longest first, at least ``lanes`` together."""
+    """Conversations that are evaluated side by side: longest first, at least ``lanes`` and two together."""
     order = sorted(range(len(conversations)), key=lambda c: -len(conversations[c]))
-    groups = max(1, len(order) // lanes)
+    groups = max(1, len(order) // max(2, lanes))
     return [part.tolist() for part in np.array_split(np.array(order), groups)]
 
 
@@ -79,14 +80,21 @@ class Tally:
 
 
 def plain_evaluation(
-    config: RunConfig, model: RxTModel, conversations: list[Conversation]
-) -> dict[str, Tally]:
-    """Tallies by memory over interactions that have a past, and "all" over every one with the true memory."""
-    tallies = {name: Tally() for name in ("true", "fresh", "foreign", "all")}
+    config: RunConfig,
+    model: RxTModel,
+    conversations: list[Conversation],
+    prompts: list[list[int]] | None = None,
+) -> dict[Any, Tally]:
+    """Tallies by memory over interactions that have a past, "all" over every one with the true memory, and
+    by memory and number of the interaction."""
+    tallies: dict[Any, Tally] = defaultdict(Tally)
     assert config.batch.lanes is not None
     for group in grouped(conversations, config.batch.lanes):
         fresh = [fresh_stm(config, c) for c in group]
-        stms = list(fresh)
+        stms = [
+            plain_write(model, one, Interaction(prompts[c], 0, [])) if prompts and prompts[c] else one
+            for one, c in zip(fresh, group, strict=True)
+        ]
         for t in range(max(len(conversations[c]) for c in group)):
             before = list(stms)
             for lane, c in enumerate(group):
@@ -95,15 +103,28 @@ def plain_evaluation(
                 one = conversations[c][t]
                 true = plain_answer(model, before[lane], one)
                 tallies["all"].add(true)
-                if t > 0:
-                    tallies["true"].add(true)
-                    tallies["fresh"].add(plain_answer(model, fresh[lane], one))
-                    tallies["foreign"].add(plain_answer(model, before[lane - 1], one))
+                answers = {
+                    "true": true,
+                    "fresh": plain_answer(model, fresh[lane], one),
+                    "foreign": plain_answer(model, before[lane - 1], one),
+                }
+                for name, answer in answers.items():
+                    tallies[name, t].add(answer)
+                    if t > 0:
+                        tallies[name].add(answer)
                 stms[lane] = plain_write(model, before[lane], one)
     return tallies
 
 
-def assert_report(record: dict[str, Any], tallies: dict[str, Tally]) -> None:
+def assert_report(record: dict[str, Any], tallies: dict[Any, Tally]) -> None:
+    longest = max(key[1] for key in tallies if isinstance(key, tuple))
+    assert [row["interaction"] for row in record["by_interaction"]] == list(range(1, longest + 2))
+    for t, row in enumerate(record["by_interaction"]):
+        for name in ("true", "fresh", "foreign"):
+            expected = tallies[name, t]
+            assert row[name]["tokens"] == expected.targets
+            assert row[name]["answer_loss"] == pytest.approx(expected.loss / expected.targets, rel=1e-5)
+            assert row[name]["answer_accuracy"] == pytest.approx(expected.correct / expected.targets)
     for name in ("true", "fresh", "foreign"):
         found, expected = record["memory"][name], tallies[name]
         assert found["tokens"] == expected.targets
@@ -133,15 +154,15 @@ def taught(config: RunConfig, conversations: list[Conversation]) -> RxTModel:
     return model
 
 
-@pytest.mark.parametrize("lanes", [2, 3, 4, 20])
+@pytest.mark.parametrize("lanes", [1, 3, 4, 20])
 @torch.no_grad()
 def test_the_report_is_that_of_a_plain_loop(lanes: int) -> None:
     config, conversations = lane_config(batch__lanes=lanes), marked_conversations()
     model = taught(config, conversations)
     tallies = plain_evaluation(config, model, conversations)
-    assert set(tallies["true"].recall) == {"1", "2", "3", "8"}
+    assert set(tallies["true"].recall) == {"1", "2", "3", "32"}
     assert sum(correct for correct, _ in tallies["true"].recall.values()) > 0
-    losses = [tally.loss / tally.targets for tally in tallies.values()]
+    losses = [tallies[name].loss / tallies[name].targets for name in ("true", "fresh", "foreign", "all")]
     assert len({round(loss, 5) for loss in losses}) == 4, "the memories must differ"
     module = lane_module(config, model).eval()
     record = evaluate_memory(module, MemoryPieces(conversations), config, world())  # type: ignore[arg-type]
@@ -175,13 +196,62 @@ def test_every_group_is_evaluated_by_exactly_one_rank(monkeypatch: pytest.Monkey
 
 
 @torch.no_grad()
-def test_the_number_of_groups_can_be_limited() -> None:
+def test_the_number_of_conversations_can_be_limited() -> None:
+    """The first of the split, not the longest."""
     conversations = marked_conversations()
-    config = lane_config(batch__lanes=3, evaluation__max_packs=1)
-    first = [conversations[c] for c in grouped(conversations, 3)[0]]
+    config = lane_config(batch__lanes=2, evaluation__max_conversations=5)
+    model = taught(config, conversations)
+    tallies = plain_evaluation(config, model, conversations[:5])
+    module = lane_module(config, model).eval()
+    record = evaluate_memory(module, MemoryPieces(conversations), config, world())  # type: ignore[arg-type]
+    assert_report(record, tallies)
+    assert record["tokens"] == sum(one.answer for c in conversations[:5] for one in c)
+
+
+@torch.no_grad()
+def test_a_single_conversation_has_no_foreign_memory() -> None:
+    conversations = marked_conversations()[2:3]
+    config = lane_config(batch__lanes=4)
     module = lane_module(config).eval()
-    found = evaluate_memory(module, MemoryPieces(conversations), config, world())  # type: ignore[arg-type]
-    assert found["tokens"] == sum(one.answer for conversation in first for one in conversation)
+    record = evaluate_memory(module, MemoryPieces(conversations), config, world())  # type: ignore[arg-type]
+    assert record["memory"]["foreign"] is None
+    assert all(row["foreign"] is None for row in record["by_interaction"])
+    assert record["memory"]["true"]["tokens"] == record["memory"]["fresh"]["tokens"] > 0
+    assert record["statistics"]["memory_between_share"] == pytest.approx(0.0, abs=1e-6)
+
+
+@torch.no_grad()
+def test_system_prompts_are_written_into_the_true_memory_alone() -> None:
+    conversations = marked_conversations()
+    prompts = [[2, 9, 10 + number] if number % 2 else [] for number in range(len(conversations))]
+    config = lane_config("{name: smat, steps: 4, system_prompts: true}", batch__lanes=3)
+    model = taught(config, conversations)
+    tallies = plain_evaluation(config, model, conversations, prompts)
+    module = lane_module(config, model).eval()
+    record = evaluate_memory(module, MemoryPieces(conversations, prompts), config, world())  # type: ignore[arg-type]
+    assert_report(record, tallies)
+    first = record["by_interaction"][0]
+    assert abs(first["true"]["answer_loss"] - first["fresh"]["answer_loss"]) > 1e-6
+
+
+@torch.no_grad()
+def test_the_statistics_are_of_what_every_conversation_left() -> None:
+    config, conversations = lane_config(batch__lanes=3), random_conversations(COUNTS)
+    model = lane_model(config)
+    left = []
+    for number, conversation in enumerate(conversations):
+        stm = fresh_stm(config, number)
+        for one in conversation:
+            stm = plain_write(model, stm, one)
+        left.append(stm[:, 0].double())
+    stacked = torch.stack(left)
+    share = stacked.var(dim=0, correction=0).sum() / stacked.square().mean(dim=0).sum()
+    module = lane_module(config, model).eval()
+    found = evaluate_memory(module, MemoryPieces(conversations), config, world())["statistics"]  # type: ignore[arg-type]
+    assert found["memory_rms"] == pytest.approx(stacked.square().mean().sqrt().item(), rel=1e-5)
+    assert found["memory_between_share"] == pytest.approx(share.item(), rel=1e-5)
+    assert 0 < found["write_gate_mean"] < 1
+    assert module.memory_sums is None
 
 
 @torch.no_grad()

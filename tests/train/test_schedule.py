@@ -54,3 +54,15 @@ def test_steps_beyond_the_stage_stay_at_the_floor() -> None:
 
 def test_a_stage_that_is_all_warm_up() -> None:
     assert rates(2, warmup_steps=2) == [PEAK / 2, PEAK]
+
+
+def test_parameters_that_join_later_have_a_warm_up_under_the_curve_of_the_others() -> None:
+    optimizer = OptimizerConfig(lr=PEAK, warmup_steps=2, min_lr_ratio=0.1)
+    whole = rates(10, warmup_steps=2, min_lr_ratio=0.1)
+    found = [learning_rate(optimizer, step, 10, 5) for step in range(10)]
+    assert found == pytest.approx([0.0] * 5 + [whole[5] / 2, *whole[6:]])
+    # Within the warm-up of the stage, the curve is at its peak.
+    early = [learning_rate(optimizer, step, 10, 1) for step in range(10)]
+    assert early == pytest.approx([0.0, PEAK / 2, *whole[2:]])
+    without = OptimizerConfig(lr=PEAK, schedule="constant")
+    assert [learning_rate(without, step, 4, 2) for step in range(4)] == [0.0, 0.0, PEAK, PEAK]

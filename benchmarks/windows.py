@@ -1,0 +1,147 @@
+"""Speed and memory of a memory stage by the length of its window, with and without recomputation.
+
+    python benchmarks/windows.py --config tiny
+    python benchmarks/windows.py --config micro-chat --stage 3 --windows 1 4 16 --set batch.lanes=64
+    deepspeed --num_gpus 2 benchmarks/windows.py --config alpha
+
+Every window trains a fresh model on random conversations, as benchmarks/train_step.py does. Memory is the
+most that the GPU had allocated during the steps, weights and optimizer included; without a GPU it is what the
+graph of one micro-batch keeps for the backward pass, without the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# A launcher starts this file by its path: make the packages importable from a source tree too.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.train_step import MIB, datasets, describe, measure, read_config
+from rxt_dist.config import RunConfig, check_world_size
+from rxt_dist.errors import ConfigError, exit_with_message
+from rxt_dist.kernels.attention import set_attention_backend
+from rxt_dist.model import build_model
+from rxt_dist.parallel.bootstrap import World, start_process_group, world_from_environment
+from rxt_dist.stages import build_stage, open_pieces
+from rxt_dist.train.feed import open_feed
+
+RECOMPUTE = ("none", "interaction")
+
+
+def kept_bytes(config: RunConfig, index: int, world: World) -> int:
+    """Bytes that the graph of the second step's first micro-batch keeps for the backward pass."""
+    module = build_stage(build_model(config.model, config.seed), config, config.stages[index])
+    module.freeze()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(values: torch.Tensor) -> torch.Tensor:
+        storage = values.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return values
+
+    source = open_pieces(config, config.stages[index], "train")
+    with open_feed(config, config.stages[index], index, source, world, None) as feed:
+        for batch in feed.next_step().batches:
+            with torch.no_grad():
+                feed.carry(batch, module.run(batch, feed.stm(batch))[1])
+        data = feed.next_step()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda values: values):
+            module(data.batches[0], data.counts, feed.stm(data.batches[0]))
+    return sum(kept.values())
+
+
+def line(config: RunConfig, index: int, world: World, arguments: argparse.Namespace) -> str:
+    """One row of the table. Collective."""
+    result = measure(config, index, world, arguments)
+    step = statistics.median(sum(seconds.values()) for seconds in result.steps)
+    memory = result.peak_bytes if world.device.type == "cuda" else kept_bytes(config, index, world)
+    return (
+        f"{config.batch.window:>6}  {config.runtime.recompute:<12}{result.tokens:>12,.0f}"
+        f"{result.tokens / step:>12,.0f}{step * 1e3:>10.1f}{memory / MIB:>12,.1f}"
+    )
+
+
+def variants(config: RunConfig, windows: Sequence[int]) -> list[RunConfig]:
+    """The run with every window, each without and with recomputation."""
+    return [
+        config.model_copy(
+            update={
+                "batch": config.batch.model_copy(update={"window": window}),
+                "runtime": config.runtime.model_copy(update={"recompute": recompute}),
+            }
+        )
+        for window in windows
+        for recompute in RECOMPUTE
+    ]
+
+
+def choose_stage(config: RunConfig, stages: Sequence[int]) -> int:
+    """The one that --stage numbers, or the last memory stage of the run."""
+    found = [index for index in stages if config.stages[index].uses_lanes]
+    if not found:
+        raise ConfigError(f"--stage: {config.stages[stages[-1]].name} has no windows; choose a memory stage")
+    return found[-1]
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="tiny", help="run file or name of a packaged one (%(default)s)")
+    parser.add_argument("--stage", type=int, metavar="INDEX", help="default: the last memory stage")
+    parser.add_argument("--windows", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them (%(default)s)")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--lengths", type=int, nargs=2, metavar=("LEAST", "MOST"), help="of an interaction")
+    parser.add_argument("--interactions", type=int, default=12, help="of a conversation (%(default)s)")
+    parser.add_argument("--folder", type=Path, help="where the temporary dataset is written")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if min(arguments.steps, arguments.interactions, *arguments.windows) < 1 or arguments.warmup < 0:
+        parser.error("--steps, --interactions and --windows must be 1 or more, --warmup 0 or more")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config, stages = read_config(arguments)
+    index = choose_stage(config, stages)
+    world = world_from_environment()
+    check_world_size(config, world.size)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    backend = set_attention_backend(config.runtime.attention_backend, world.device, dtype)
+    start_process_group(world, config.runtime.collective_timeout_seconds)
+    try:
+        largest = variants(config, [max(arguments.windows)])[0]
+        with datasets(largest, [index], world, arguments) as prepared:
+            if world.is_main:
+                machine = describe(prepared, world, backend, arguments).splitlines()[0]
+                stage, lanes = prepared.stages[index].name, prepared.batch.lanes
+                print(f"{machine}\n{prepared.model.name}, {prepared.precision}, {stage}: {lanes} lanes\n")
+                print(f"{'window':>6}  {'recompute':<12}{'tokens/step':>12}{'tokens/s':>12}", end="")
+                print(f"{'step ms':>10}{'memory MiB':>12}", flush=True)
+            for variant in variants(prepared, arguments.windows):
+                row = line(variant, index, world, arguments)
+                if world.is_main:
+                    print(row, flush=True)
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    return exit_with_message(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
