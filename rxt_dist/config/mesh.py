@@ -1,7 +1,8 @@
-"""Which world sizes fit a run, checked before any process group exists."""
+"""Which meshes fit a run, checked before any process group exists."""
 
 from __future__ import annotations
 
+from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
 
 from rxt_dist.config.base import divisors, listed
@@ -38,9 +39,10 @@ def check_world_size(config: RunConfig, world_size: int) -> int:
     """Check that ``config`` can run on ``world_size`` ranks; returns the data-parallel size.
 
     Raises:
-        MeshError: a parallel size is not supported, or the packs or lanes of a step cannot be dealt out
-            evenly.
+        MeshError: a parallel size is not supported or does not fit the number of ranks or of experts, or
+            the packs or lanes of a step cannot be dealt out evenly.
     """
+    _check_experts(config, world_size)
     for field, supported in SUPPORTED_SIZES.items():
         size = getattr(config.parallel, field)
         if size not in supported:
@@ -57,6 +59,23 @@ def check_world_size(config: RunConfig, world_size: int) -> int:
                 f"valid world sizes: {listed(valid)}"
             )
     return world_size // tensor_size
+
+
+def _check_experts(config: RunConfig, world_size: int) -> None:
+    size, moe = config.parallel.expert_size, config.model.decoder.moe
+    if size == 1 or world_size < 1:
+        return
+    if moe is None:
+        raise MeshError(
+            f"parallel.expert_size: found {size}; model.decoder.moe is null, there are no experts to share, "
+            "valid: 1"
+        )
+    valid = divisors(gcd(world_size, moe.num_experts))
+    if size not in valid:
+        raise MeshError(
+            f"parallel.expert_size: found {size}; must divide the world size ({world_size} ranks) and "
+            f"model.decoder.moe.num_experts ({moe.num_experts}), valid: {listed(valid)}"
+        )
 
 
 def micro_units(config: RunConfig, stage: StageConfig, dp_size: int) -> int:

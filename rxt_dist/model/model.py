@@ -60,6 +60,12 @@ def build_model(config: ModelConfig, seed: int) -> RxTModel:
     return model
 
 
+def empty_model(config: ModelConfig) -> RxTModel:
+    """A model that has shapes and no values, in no memory."""
+    with torch.device("meta"), _Unfilled():
+        return RxTModel(config)
+
+
 def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
     """Parameters of a model with this vocabulary, without memory for any of them.
 
@@ -70,8 +76,7 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> dict[str, int]:
         embedding included where it has one. ``decoder_active``: ``decoder`` less the experts that a token
         does not visit. ``embedding``: the embedding that encoder and decoder share.
     """
-    with torch.device("meta"), _Unfilled():
-        model = RxTModel(config.model_copy(update={"vocab_size": vocab_size}))
+    model = empty_model(config.model_copy(update={"vocab_size": vocab_size}))
     components = {name: _numel(component) for name, component in model.named_children()}
     idle = sum(_idle(module) for module in model.decoder.modules() if isinstance(module, MoE))
     unique = _numel(model) - components["mlm_head"]

@@ -57,6 +57,21 @@ class TestWorldSize:
             check_world_size(tiny(f"parallel.{field}=2"), 2)
 
     @pytest.mark.parametrize(
+        ("size", "world", "valid"), [(3, 4, "1, 2, 4"), (8, 8, "1, 2, 4"), (4, 2, "1, 2")]
+    )
+    def test_experts_that_cannot_be_dealt_out(self, size: int, world: int, valid: str) -> None:
+        with pytest.raises(MeshError) as caught:
+            check_world_size(tiny(f"parallel.expert_size={size}"), world)
+        assert str(caught.value) == (
+            f"parallel.expert_size: found {size}; must divide the world size ({world} ranks) and "
+            f"model.decoder.moe.num_experts (4), valid: {valid}"
+        )
+
+    def test_a_dense_decoder_has_no_experts_to_share(self) -> None:
+        with pytest.raises(MeshError, match=r"model\.decoder\.moe is null, .* valid: 1$"):
+            check_world_size(tiny("parallel.expert_size=2", "model.decoder.moe=null"), 2)
+
+    @pytest.mark.parametrize(
         ("micro", "dp", "expected"),
         [("auto", 1, (8, 1)), ("auto", 4, (2, 1)), ("2", 1, (2, 4)), ("2", 4, (2, 1))],
     )

@@ -1,0 +1,243 @@
+"""What a run needs on a mesh: groups, memory and communication of a rank, from the configuration alone.
+
+Weights and optimizer state are exact. The rest is arithmetic over the most tokens that a step can have;
+how each number comes about stands beside it, in ``BASIS``.
+
+Shape legend: N tokens, D embedding width, K experts that a token visits, S STM slots, L memory layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from rxt_dist.config import (
+    AttentionConfig,
+    ModelConfig,
+    RunConfig,
+    SpecialTokens,
+    StageConfig,
+    accumulation_steps,
+    check_world_size,
+    micro_units,
+)
+from rxt_dist.config.mesh import step_units
+from rxt_dist.model.model import empty_model
+from rxt_dist.model.moe import MoE
+from rxt_dist.parallel.mesh import Mesh
+from rxt_dist.stages import StageModule, build_stage
+from rxt_dist.stages.base import uses
+
+_FP32_BYTES = 4
+_OPTIMIZER_TENSORS = 3  # masters and two moments
+_PARTITION_ALIGNMENT = 2  # elements; ZeRO pads every group to a multiple of this and of its ranks
+
+# Sizes do not depend on which ids the special tokens have.
+_ANY_TOKENS = SpecialTokens(pad=0, unk=1, bos=2, eos=3, mask=4, query=5, answer=6)
+
+BASIS = {
+    "weights": "parameters of the stage's components in the precision of the run; exact",
+    "gradients": "one gradient a trained parameter (ZeRO 2: of this rank's part, and one bucket)",
+    "optimizer": "fp32 masters and two moments of this rank's part, with ZeRO's padding; exact",
+    "lane_stm": "STM of this rank's lanes in fp32; exact",
+    "activations": "tensors that the layers keep for the backward pass of a micro-batch of full packs, or of "
+    "lanes of full interactions; without workspaces and the allocator's slack",
+    "communication": "bytes that a rank sends in one optimizer step, ring algorithms, experts evenly loaded",
+}
+"""How each number of a plan is made."""
+
+
+def plan_run(config: RunConfig, world_size: int, vocab_size: int) -> dict[str, Any]:
+    """The plan of a run as plain data: ``mesh``, and ``stages`` with bytes of memory and communication.
+
+    ``vocab_size`` is that of the dataset; with 0, embedding and heads are left out.
+
+    Raises:
+        MeshError: the run does not fit ``world_size`` ranks.
+    """
+    check_world_size(config, world_size)
+    mesh = Mesh(world_size, config.parallel.tensor_size, config.parallel.expert_size)
+    filled: dict[str, Any] = {"vocab_size": vocab_size}
+    if not isinstance(config.model.special_tokens, SpecialTokens):
+        filled["special_tokens"] = _ANY_TOKENS
+    model_config = config.model.model_copy(update=filled)
+    sized = config.model_copy(update={"model": model_config})
+    return {
+        "mesh": {
+            "world_size": world_size,
+            "dp_size": mesh.dp_size,
+            "tensor_size": mesh.tensor_size,
+            "expert_size": mesh.expert_size,
+            "data_groups": mesh.data_groups(),
+            "tensor_groups": mesh.tensor_groups(),
+            "expert_groups": mesh.expert_groups(),
+            "expert_data_groups": mesh.expert_data_groups(),
+        },
+        "vocab_size": vocab_size,
+        "stages": [_StagePlan(sized, stage, mesh).as_dict() for stage in config.stages],
+        "basis": BASIS,
+    }
+
+
+class _StagePlan:
+    """One stage on one rank; all ranks are alike."""
+
+    def __init__(self, config: RunConfig, stage: StageConfig, mesh: Mesh) -> None:
+        self.config, self.stage, self.mesh = config, stage, mesh
+        self.element = 2 if config.precision == "bf16" else _FP32_BYTES
+        self.model = empty_model(config.model)
+        self.module: StageModule = build_stage(self.model, config, stage)
+        self.module.freeze()
+        self.experts = {parameter for moe in _moes(self.module) for parameter in moe.experts.parameters()}
+        self.accumulation = accumulation_steps(config, stage, mesh.dp_size)
+        self.micro = micro_units(config, stage, mesh.dp_size)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.stage.name,
+            "micro_batches": self.accumulation,
+            "tokens_per_rank": self.micro_tokens * self.accumulation,
+            "memory_bytes": {
+                "weights": self.element * self._held(self.module.parameters()),
+                "gradients": self._gradient_bytes(),
+                "optimizer": sum(
+                    _OPTIMIZER_TENSORS * _FP32_BYTES * part for _, part, _ in self._partitions()
+                ),
+                "lane_stm": self._lane_stm_bytes(),
+                "activations": self._activation_elements() * self.element,
+            },
+            "communication_bytes": self._communication(),
+        }
+
+    @property
+    def micro_tokens(self) -> int:
+        """Most tokens of one micro-batch of a rank, through a whole window where there is one."""
+        batch = self.config.batch
+        if self.stage.uses_lanes:
+            return self.micro * batch.window * self.config.model.seq_len
+        return self.micro * batch.pack_tokens
+
+    def _held(self, parameters: Iterable[nn.Parameter]) -> int:
+        """Elements that one rank holds of ``parameters``."""
+        return sum(p.numel() // (self.mesh.expert_size if p in self.experts else 1) for p in set(parameters))
+
+    def _partitions(self) -> list[tuple[int, int, int]]:
+        """(elements, elements of one rank's part, ranks that share them) of every group of parameters."""
+        found = []
+        for group in self.module.parameter_groups().values():
+            for ranks, members in (
+                (self.mesh.dp_size, [p for p in group if p not in self.experts]),
+                (self.mesh.expert_data_size, [p for p in group if p in self.experts]),
+            ):
+                if members:
+                    held = self._held(members)
+                    multiple = _PARTITION_ALIGNMENT * ranks
+                    found.append((held, math.ceil(held / multiple) * _PARTITION_ALIGNMENT, ranks))
+        return found
+
+    def _gradient_bytes(self) -> int:
+        zero = self.config.zero
+        held = sum(elements for elements, _, _ in self._partitions())
+        if zero.stage == 1:
+            return held * self.element
+        accumulated = _FP32_BYTES if self.accumulation > 1 else self.element
+        parts = sum(part for _, part, _ in self._partitions())
+        return parts * accumulated + min(zero.reduce_bucket_size, held) * self.element
+
+    def _lane_stm_bytes(self) -> int:
+        if not self.stage.uses_lanes:
+            return 0
+        model = self.config.model
+        lanes = step_units(self.config, self.stage).total // self.mesh.dp_size
+        return lanes * model.decoder.num_layers * model.stm_size * model.embed_dim * _FP32_BYTES
+
+    def _communication(self) -> dict[str, int]:
+        reductions = self.accumulation if self.config.zero.stage == 2 else 1
+        weights = sum(_sent(elements * self.element, ranks) for elements, _, ranks in self._partitions())
+        moe, layers = self.config.model.decoder.moe, len(_moes(self.module))
+        exchanged = 0
+        if moe is not None and layers:
+            rows = self.micro_tokens * self.accumulation * moe.top_k
+            exchanged = _sent(rows * self.config.model.embed_dim * self.element, self.mesh.expert_size)
+        return {
+            "gradient_reduction": reductions * weights,
+            "parameter_all_gather": weights,
+            "expert_all_to_all_per_layer_and_direction": exchanged,
+            # Rows go to the experts and back, and so do their gradients.
+            "expert_all_to_all": 4 * layers * exchanged,
+        }
+
+    def _activation_elements(self) -> int:
+        """See BASIS; a frozen component keeps nothing."""
+        model, tokens = self.config.model, self.micro_tokens
+        elements = 0
+        if self._keeps("encoder"):
+            part = model.encoder
+            layer = _attention(model, part.heads, part.attention) + _feed_forward(
+                model, part.ff_dim, part.gated_ff
+            )
+            elements += tokens * part.num_layers * layer
+        if self._keeps("decoder"):
+            elements += tokens * _decoder_elements(model)
+        if self.stage.uses_lanes:
+            window, part_ = self.config.batch.window, model.memory_attention
+            slots = self.micro * window * model.decoder.num_layers * model.stm_size
+            elements += slots * _attention(model, part_.heads, part_.attention)
+        if self.stage.uses_lanes and self.config.runtime.recompute == "interaction":
+            elements //= self.config.batch.window
+        return elements
+
+    def _keeps(self, component: str) -> bool:
+        if component in self.stage.frozen:
+            return False
+        if self.stage.uses_lanes:
+            return self.stage.name == "smat"
+        return uses(self.stage.components, component)
+
+
+def _sent(size: int, ranks: int) -> int:
+    """Bytes that a rank sends when ``size`` bytes are reduced, gathered or exchanged over ``ranks``."""
+    return size * (ranks - 1) // ranks
+
+
+def _moes(module: nn.Module) -> list[MoE]:
+    return [part for part in module.modules() if isinstance(part, MoE)]
+
+
+def _attention(model: ModelConfig, heads: int, config: AttentionConfig) -> int:
+    """Elements an attention keeps of one token: its input, norm, projections (rotated) and heads' output."""
+    width = model.embed_dim // heads
+    inner = max(config.query_heads, config.kv_heads) * width
+    return 2 * model.embed_dim + (2 * config.query_heads + 3 * config.kv_heads) * width + inner
+
+
+def _hidden(width: int, gated: bool) -> int:
+    """Elements around the activation: gated, value and gate, activated gate and product."""
+    return (4 if gated else 2) * width
+
+
+def _feed_forward(model: ModelConfig, width: int, gated: bool) -> int:
+    return 2 * model.embed_dim + _hidden(width, gated)
+
+
+def _moe(model: ModelConfig) -> int:
+    part, moe = model.decoder, model.decoder.moe
+    assert moe is not None
+    visited = moe.top_k * (3 * model.embed_dim + _hidden(part.ff_dim, part.gated_ff))
+    shared = moe.num_shared_experts * _hidden(moe.shared_expert_dim or part.ff_dim, part.gated_ff)
+    return 2 * model.embed_dim + moe.num_experts + visited + shared
+
+
+def _decoder_elements(model: ModelConfig) -> int:
+    """Elements that all layers of the decoder keep of one token."""
+    part = model.decoder
+    own = _attention(model, part.heads, part.attention)
+    cross = _attention(model, part.heads, part.cross_attention)
+    dense = _feed_forward(model, part.dense_layer_dim, part.gated_ff)
+    memory = _feed_forward(model, part.ff_dim, part.gated_ff) if part.moe is None else _moe(model)
+    stateless = [*part.stateless_layers, *part.final_stateless_layers]
+    extra = sum(own + (dense if kind == "dense" else _moe(model)) for kind in stateless)
+    return part.num_layers * (own + cross + memory) + extra

@@ -1,0 +1,44 @@
+"""Engines on the ranks of a gloo group, without data, loop or checkpoints."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rxt_dist.config import RunConfig, deepspeed_config, stage_optimizer
+from rxt_dist.kernels.attention import set_attention_backend
+from rxt_dist.model import RxTModel
+from rxt_dist.parallel.bootstrap import configure_deepspeed
+from rxt_dist.stages import build_stage
+from rxt_dist.train.engine import StageEngine
+
+
+def start_engine(config: RunConfig, model: RxTModel, changes: dict[str, Any] | None = None) -> StageEngine:
+    """The engine of the run's first stage; ``changes`` replace top-level keys of its DeepSpeed settings."""
+    configure_deepspeed()
+    import deepspeed
+
+    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
+    deepspeed.init_distributed("gloo", verbose=False, auto_mpi_discovery=False)
+    set_attention_backend("sdpa", torch.device("cpu"), torch.float32)
+    stage = config.stages[0]
+    optimizer = stage_optimizer(config, stage)
+    settings = deepspeed_config(config, stage, dp_size=dist.get_world_size(), optimizer=optimizer)
+    settings |= changes or {}
+    return StageEngine(model, build_stage(model, config, stage), settings, torch.device("cpu"))
+
+
+def state_bytes(engine: StageEngine) -> dict[str, int]:
+    """Bytes that this rank holds, by what for, from the engine's own tensors."""
+    zero = engine.engine.optimizer
+    state = [zero.optimizer.state[flat] for flat in zero.single_partition_of_fp32_groups]
+    moments = [one[name] for one in state for name in ("exp_avg", "exp_avg_sq")]
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in engine.engine.module.parameters()),
+        "optimizer": sum(
+            t.numel() * t.element_size() for t in (*zero.single_partition_of_fp32_groups, *moments)
+        ),
+    }
