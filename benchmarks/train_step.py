@@ -56,6 +56,8 @@ from rxt_dist.errors import ConfigError, TrainingError, exit_with_message
 from rxt_dist.kernels.attention import set_attention_backend
 from rxt_dist.model import build_model
 from rxt_dist.parallel.bootstrap import World, start_process_group, world_from_environment
+from rxt_dist.parallel.mesh import Mesh
+from rxt_dist.parallel.parallelize import parallelize
 from rxt_dist.stages import build_stage, open_pieces
 from rxt_dist.train.engine import StageEngine
 from rxt_dist.train.feed import Feed, open_feed
@@ -173,7 +175,8 @@ def measure(config: RunConfig, index: int, world: World, arguments: argparse.Nam
     stage = config.stages[index]
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
-    model = build_model(config.model, config.seed)
+    mesh = Mesh(world.size, config.parallel.tensor_size, config.parallel.expert_size)
+    model = build_model(config.model, config.seed, lambda whole: parallelize(whole, mesh, world.rank))
     module = build_stage(model, config, stage).to(world.device)
     settings = deepspeed_config(
         config,

@@ -83,29 +83,51 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
 
 @dataclass(frozen=True)
 class CanonicalPart:
-    """One canonical tensor inside a (possibly fused) parameter: a contiguous run of its flat values."""
+    """What a parameter holds of one canonical tensor: a contiguous run of the flat values of both.
+
+    A fused parameter holds several canonical tensors, one of spread experts a run of one.
+    """
 
     name: str
     shape: tuple[int, ...]
+    """Shape of the whole canonical tensor."""
     start: int
+    """Where the run begins in the parameter."""
+    held: int
+    """Elements of the run."""
+    offset: int = 0
+    """Where the run begins in the canonical tensor."""
 
     @property
     def numel(self) -> int:
+        """Elements of the whole canonical tensor."""
         return int(torch.Size(self.shape).numel())
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The run, as a view of the parameter's flat values."""
+        return flat[self.start : self.start + self.held]
 
 
 def canonical_parts(module: torch.nn.Module) -> dict[str, list[CanonicalPart]]:
     """Map every parameter name of ``module`` to the canonical tensors it holds, in storage order.
 
-    Shared parameters appear once, under the first name ``named_parameters`` gives them.
+    Shared parameters appear once, under the first name ``named_parameters`` gives them. A module with the
+    attribute ``total_experts`` holds of so many only its own, from ``first_expert`` on.
     """
     fused = canonical_map(module)
+    owners = dict(module.named_modules())
     result: dict[str, list[CanonicalPart]] = {}
     for name, parameter in module.named_parameters():
         row = parameter.numel() // max(1, parameter.shape[0]) if parameter.dim() else 1
+        owner = owners[name.rpartition(".")[0]]
+        total = getattr(owner, "total_experts", None)
+        if total is not None:
+            shape = (total, *parameter.shape[1:])
+            result[name] = [CanonicalPart(name, shape, 0, parameter.numel(), owner.first_expert * row)]
+            continue
         entries, start = [], 0
         for part_name, rows in fused[name]:
-            entries.append(CanonicalPart(part_name, (rows, *parameter.shape[1:]), start))
+            entries.append(CanonicalPart(part_name, (rows, *parameter.shape[1:]), start, rows * row))
             start += rows * row
         assert start == parameter.numel(), f"{name}: canonical parts do not cover the parameter"
         result[name] = entries
@@ -113,9 +135,9 @@ def canonical_parts(module: torch.nn.Module) -> dict[str, list[CanonicalPart]]:
 
 
 def clip_fragment(part: CanonicalPart, start: int, values: torch.Tensor) -> Fragment | None:
-    """The part of ``values`` (flat elements ``start ..`` of the parameter) that lies in ``part``."""
+    """What ``values`` (flat elements ``start ..`` of the parameter) hold of the tensor of ``part``."""
     low = max(start, part.start)
-    high = min(start + values.numel(), part.start + part.numel)
+    high = min(start + values.numel(), part.start + part.held)
     if low >= high:
         return None
-    return Fragment(part.numel, low - part.start, values[low - start : high - start])
+    return Fragment(part.numel, part.offset + low - part.start, values[low - start : high - start])

@@ -102,7 +102,7 @@ class CheckpointReader:
         self.state = TrainerState.from_dict(values, str(path / STATE_FILE))
 
     def load_weights(self, model: torch.nn.Module, *, allow_missing: bool = False) -> list[str]:
-        """Fill the fp32 CPU parameters of ``model`` in place, whole, whatever mesh wrote them.
+        """Fill the fp32 CPU parameters of ``model`` in place, whatever mesh wrote them.
 
         Returns the canonical names the checkpoint lacks (only with ``allow_missing``). Raises
         :class:`CheckpointError` naming a tensor that is missing or has another shape.
@@ -116,8 +116,7 @@ class CheckpointReader:
             flat = parameters[name].data.view(-1)
             for part in parts:
                 if part.name in self.state.tensor_shapes:
-                    values = flat[part.start : part.start + part.numel]
-                    wanted[f"weight.{part.name}"] = Fragment(part.numel, 0, values)
+                    wanted[f"weight.{part.name}"] = Fragment(part.numel, part.offset, part.of(flat))
         self._read(wanted)
         return missing
 

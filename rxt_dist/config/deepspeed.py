@@ -79,6 +79,18 @@ def override_problems(overrides: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
+def expert_override_problems(overrides: Mapping[str, Any]) -> list[Problem]:
+    """What in a run's ``deepspeed`` block does not go with experts that are spread over ranks."""
+    zero = overrides.get("zero_optimization")
+    if not isinstance(zero, Mapping):
+        return []
+    return [
+        Problem(f"zero_optimization.{key}", "found false; parallel.expert_size above 1 needs it, valid: true")
+        for key in ("contiguous_gradients", "reduce_scatter")
+        if zero.get(key) is False
+    ]
+
+
 def deepspeed_config(
     config: RunConfig, stage: StageConfig, *, dp_size: int, optimizer: OptimizerConfig, fused: bool = False
 ) -> dict[str, Any]:

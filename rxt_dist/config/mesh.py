@@ -11,8 +11,8 @@ from rxt_dist.errors import MeshError
 if TYPE_CHECKING:
     from rxt_dist.config.run import RunConfig, StageConfig
 
-SUPPORTED_SIZES = {"tensor_size": (1,), "expert_size": (1,)}
-"""Values of each field of ``parallel`` that the engine supports."""
+SUPPORTED_SIZES = {"tensor_size": (1,)}
+"""Values of the fields of ``parallel`` that are limited by what is built, not by arithmetic."""
 
 
 class StepUnits(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from rxt_dist.config.base import Problem, Section, divisors, listed, report
-from rxt_dist.config.deepspeed import override_problems
+from rxt_dist.config.deepspeed import expert_override_problems, override_problems
 from rxt_dist.config.model import ModelConfig
 
 # A YAML text is a path and a YAML list is a pair; nothing else is converted.
@@ -381,6 +381,8 @@ class RunConfig(Section):
 
     def _engine_problems(self) -> list[Problem]:
         problems = [problem.under("deepspeed") for problem in override_problems(self.deepspeed)]
+        if self.parallel.expert_size > 1:
+            problems += [problem.under("deepspeed") for problem in expert_override_problems(self.deepspeed)]
         backend = self.runtime.attention_backend
         if backend in ("flash", "varlen") and self.precision != "bf16":
             valid = f"needs precision bf16, precision is {self.precision}; valid: auto, sdpa"

@@ -76,8 +76,15 @@ class NativeReader:
         if missing and not allow_missing:
             raise CheckpointError(f"{self.path}: the folder has no tensor {missing[0]}")
         with torch.no_grad():
-            for name, view in component_tensors(model, self.components):
-                view.copy_(self._file[name])
+            parameters = dict(model.named_parameters())
+            for name, parts in canonical_parts(model).items():
+                if belongs(name, self.components):
+                    for part in parts:
+                        whole = self._file[part.name].view(-1)
+                        part.of(parameters[name].view(-1)).copy_(whole[part.offset :][: part.held])
+            for name, buffer in model.named_buffers():
+                if belongs(name, self.components):
+                    buffer.copy_(self._file[name])
         return missing
 
     def check_shapes(self, model: RxTModel) -> list[str]:
@@ -86,7 +93,9 @@ class NativeReader:
         Raises :class:`CheckpointError` unless the folder has every tensor of its components in the model's
         shape, and no other.
         """
-        shapes = {name: tuple(view.shape) for name, view in component_tensors(model, COMPONENTS)}
+        parts = [part for found in canonical_parts(model).values() for part in found]
+        shapes = {part.name: part.shape for part in parts if belongs(part.name, COMPONENTS)}
+        shapes |= {n: tuple(b.shape) for n, b in model.named_buffers() if belongs(n, COMPONENTS)}
         expected = {name: shape for name, shape in shapes.items() if belongs(name, self.components)}
         for name, shape in expected.items():
             found = self._file.shapes.get(name)
@@ -146,13 +155,13 @@ def write_native(
 
 
 def component_tensors(model: RxTModel, components: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(canonical name, view) of every tensor of ``components``, running means included."""
+    """(canonical name, view) of every tensor of ``components`` of a whole model, running means included."""
     parameters = dict(model.named_parameters())
     for name, parts in canonical_parts(model).items():
         if belongs(name, components):
             flat = parameters[name].detach().view(-1)
             for part in parts:
-                yield part.name, flat[part.start : part.start + part.numel].view(part.shape)
+                yield part.name, part.of(flat).view(part.shape)
     for name, buffer in model.named_buffers():
         if belongs(name, components):
             yield name, buffer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,14 +47,18 @@ class RxTModel(nn.Module):
         }
 
 
-def build_model(config: ModelConfig, seed: int) -> RxTModel:
+def build_model(config: ModelConfig, seed: int, reduce: Callable[[RxTModel], None] | None = None) -> RxTModel:
     """A model on the CPU in fp32 whose parameters are a pure function of ``config`` and ``seed``.
+
+    ``reduce`` may replace modules by such that hold a part of their parameters, before memory is taken for
+    any; what is left gets the values that it has in the whole model.
 
     Raises:
         ConfigError: ``vocab_size`` is still ``auto``.
     """
-    with torch.device("meta"):
-        model = RxTModel(config)
+    model = empty_model(config)
+    if reduce is not None:
+        reduce(model)
     model.to_empty(device="cpu")
     initialise(model, seed)
     model.memory_attention.reset_statistics()

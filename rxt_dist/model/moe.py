@@ -198,6 +198,8 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.loads: torch.Tensor | None = None
+        """int64 [E], to which every pass adds the tokens of each expert; None: nobody wants to know."""
         self.router = Router(width, config.num_experts, config.top_k)
         self.experts = Experts(
             config.num_experts,
@@ -246,6 +248,8 @@ class MoE(nn.Module):
     def run_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Send ``x`` [N, D] through the chosen experts and sum their weighted outputs, [N, D]."""
         order = ExpertOrder.of(routing.experts, self.config.num_experts)
+        if self.loads is not None:
+            self.loads += order.offsets.diff(prepend=order.offsets.new_zeros(1))
         rows = repeat_permuted(x, order.order, order.inverse, self.config.top_k)
         rows = self.experts(rows, order.offsets, order.expert_of_row)
         slots = permute_rows(rows, order.inverse, order.order).view(*routing.experts.shape, x.shape[-1])

@@ -38,6 +38,11 @@ _MEMORY_GAUGES = {
     "write_gate_std": "Standard deviation of the write gate",
     "reset_share": "Share of interactions that began a conversation",
 }
+_EXPERT_GAUGES = {
+    "expert_load_entropy": "Entropy of the experts' shares of tokens over its maximum, mean of the layers",
+    "expert_load_max": "Tokens of the busiest expert over the mean, worst layer",
+    "dead_experts": "Experts without a token in the last logged step, all layers together",
+}
 _REPORTED_PACKAGES = ("torch", "deepspeed", "megatron-core")
 
 
@@ -68,7 +73,7 @@ class TrainMetrics:
         self.registry = CollectorRegistry()
         self._add_training_metrics()
         self._add_data_and_checkpoint_metrics()
-        self._add_memory_metrics()
+        self._add_statistics()
         self._run_info = Info("rxt_run", "Configuration of the run", registry=self.registry)
         build_info = Info("rxt_build", "Versions of the program and its engines", registry=self.registry)
         build_info.info(_build_facts())
@@ -140,10 +145,11 @@ class TrainMetrics:
             registry=registry,
         )
 
-    def _add_memory_metrics(self) -> None:
-        self._memory = {
-            name: Gauge(f"rxt_{name}", f"{text}; NaN outside the memory stages", registry=self.registry)
-            for name, text in _MEMORY_GAUGES.items()
+    def _add_statistics(self) -> None:
+        described = {name: f"{text}; NaN outside the memory stages" for name, text in _MEMORY_GAUGES.items()}
+        described |= {name: f"{text}; NaN where no experts run" for name, text in _EXPERT_GAUGES.items()}
+        self._statistics = {
+            name: Gauge(f"rxt_{name}", text, registry=self.registry) for name, text in described.items()
         }
         self.clear_losses()
 
@@ -200,16 +206,16 @@ class TrainMetrics:
         self._grad_norm.set(grad_norm)
         self._learning_rate.set(learning_rate)
 
-    def record_memory(self, statistics: Mapping[str, float | None]) -> None:
-        """Publish the statistics of the memory of a logged step, by name; None: not known."""
-        for name, gauge in self._memory.items():
+    def record_statistics(self, statistics: Mapping[str, float | None]) -> None:
+        """Publish the statistics of memory and experts of a logged step, by name; None: not known."""
+        for name, gauge in self._statistics.items():
             value = statistics.get(name)
             gauge.set(math.nan if value is None else value)
 
     def clear_losses(self) -> None:
-        """Forget losses and memory statistics, at the start of a stage: another one may have other ones."""
+        """Forget losses and statistics, at the start of a stage: another one may have other ones."""
         self._loss.clear()
-        self.record_memory({})
+        self.record_statistics({})
 
     def record_checkpoint(self, step: int, seconds: float) -> None:
         """Publish a complete checkpoint of ``step`` that took ``seconds`` of wall time."""

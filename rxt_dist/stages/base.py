@@ -19,6 +19,7 @@ from torch import nn
 from rxt_dist.config import RunConfig
 from rxt_dist.model import SequenceLayout
 from rxt_dist.randomness import derive_key, fold_in_tensor, signed_key
+from rxt_dist.stages.expert_statistics import count_loads, load_statistics
 
 CROSS_ENTROPY_CHUNK = 4096
 NEVER = math.inf
@@ -102,11 +103,12 @@ class StageModule(nn.Module, ABC):
 
     def observe(self, device: torch.device | None) -> None:
         """From now on collect what :meth:`observations` reports, on ``device``; None: stop it."""
+        count_loads(self, device)
 
     def observations(self, counts: Mapping[str, int]) -> dict[str, float | None]:
         """Statistics of the optimizer step since :meth:`observe`, over all ranks; ``counts`` are the global
         ones of the step. Collective. Waits for the device."""
-        return {}
+        return load_statistics(self)
 
     def forward(
         self, batch: Any, counts: Mapping[str, int], stm: torch.Tensor | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +19,7 @@ from rxt_dist.model.memory_attention import GateValues
 from rxt_dist.model.stm import draw_stm, initial_stm
 from rxt_dist.randomness import derive_key, fold_in_tensor, signed_key
 from rxt_dist.stages.base import StageModule
+from rxt_dist.stages.expert_statistics import not_counted
 from rxt_dist.stages.memory_statistics import MemorySums, gate_sums
 
 
@@ -83,7 +85,13 @@ class LaneStageModule(StageModule):
             if self._recomputes and number < last and torch.is_grad_enabled():
                 # Nothing random has a state: every draw is a function of its keys.
                 stm, gates, sums = checkpoint(
-                    self.advance, stm, before, at, use_reentrant=False, preserve_rng_state=False
+                    self.advance,
+                    stm,
+                    before,
+                    at,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=lambda: (nullcontext(), not_counted(self)),
                 )
             else:
                 stm, gates, sums = self.advance(stm, before, at)
@@ -111,12 +119,14 @@ class LaneStageModule(StageModule):
         return torch.where(at.reset.view(1, -1, 1, 1), self.fresh.draw(at.visits).to(stm), stm)
 
     def observe(self, device: torch.device | None) -> None:
+        super().observe(device)
         self.memory_sums = None if device is None else MemorySums(self._shape, device)
 
     def observations(self, counts: Mapping[str, int]) -> dict[str, float | None]:
         assert self.memory_sums is not None
         share = counts["resets"] / max(1, counts["interactions"])
-        return {**self.memory_sums.statistics(), "reset_share": share}
+        memory = {**self.memory_sums.statistics(), "reset_share": share}
+        return {**memory, **super().observations(counts)}
 
     def local_counts(self, batch: WindowBatch) -> dict[str, int]:
         positions = batch.positions

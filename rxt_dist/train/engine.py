@@ -14,6 +14,7 @@ import torch
 
 from rxt_dist.checkpoint.fragments import CanonicalPart, Fragment, canonical_parts, clip_fragment
 from rxt_dist.parallel.bootstrap import configure_deepspeed
+from rxt_dist.parallel.parallelize import spread_experts, tag_experts
 from rxt_dist.stages import StageModule
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -47,6 +48,9 @@ class StageEngine:
             # kernels need it.
             group.sort(key=lambda parameter: parameter.numel() % _ALIGNED_ELEMENTS != 0)
         trainable = [parameter for group in groups.values() for parameter in group]
+        experts = tag_experts(model)
+        self._expert_names = {names[id(parameter)] for parameter in experts}
+        self._saves_frozen_experts = any(part.is_first_copy for part in spread_experts(model))
         self.group_starts = list(groups)
         """Step of the stage from which each group of parameters trains; at least one starts at 0."""
         self._names = {id(parameter): names[id(parameter)] for parameter in trainable}
@@ -59,14 +63,16 @@ class StageEngine:
             if name not in trained
         }
         self.module = module
+        if experts & set(trainable):  # ZeRO refuses to be told of experts that it does not own
+            _mark_experts(module, model)
         self.engine, *_ = deepspeed.initialize(
             model=module,
-            model_parameters=[{"params": group} for group in groups.values()],
+            model_parameters=_optimizer_groups(groups, experts),
             config=deepspeed_config,
         )
         self._create_moments()
         for name, part, _, fragment in self._owned(("master",)):
-            start = part.start + fragment.offset
+            start = part.start + fragment.offset - part.offset
             whole = masters[name].view(-1)[start : start + fragment.values.numel()]
             fragment.values.copy_(whole.to(device))
 
@@ -82,8 +88,8 @@ class StageEngine:
         self.engine.backward(loss, scale_wrt_gas=False)
         self.engine.step()
 
-    def begin_step(self, step: int, rates: Sequence[float]) -> None:
-        """Prepare optimizer step ``step`` of the stage; ``rates`` are the learning rates of the groups.
+    def begin_step(self, step: int, rates: Mapping[int, float]) -> None:
+        """Prepare optimizer step ``step`` of the stage; ``rates`` are learning rates by a group's start.
 
         A group that is still frozen has rate 0 and gradients of 0, so AdamW keeps its weights bit by bit.
         Its moments stay zero, but its step counter runs: at its start both begin anew, as those of a fresh
@@ -91,11 +97,9 @@ class StageEngine:
         """
         self.module.step = step
         zero = self.engine.optimizer
-        for group, rate, start, flat in zip(
-            zero.param_groups, rates, self.group_starts, zero.single_partition_of_fp32_groups, strict=True
-        ):
-            group["lr"] = rate
-            if step == start:
+        for group, flat in zip(zero.param_groups, zero.single_partition_of_fp32_groups, strict=True):
+            group["lr"] = rates[group["start"]]
+            if step == group["start"]:
                 for values in zero.optimizer.state[flat].values():
                     values.zero_()
 
@@ -104,19 +108,20 @@ class StageEngine:
         return float(self.engine.get_global_grad_norm())
 
     def optimizer_steps(self) -> list[int]:
-        """Step counter of the optimizer for every group of parameters."""
-        zero = self.engine.optimizer
-        return [int(zero.optimizer.state[flat]["step"]) for flat in zero.single_partition_of_fp32_groups]
+        """Step counter of the optimizer for the parameters of every start in ``group_starts``."""
+        counters = {group["start"]: int(state["step"]) for group, state in self._states()}
+        return [counters[start] for start in self.group_starts]
 
     def owned_fragments(self) -> dict[str, Fragment]:
         """Everything of the masters and moments that this rank owns, by checkpoint key.
 
         The values are views: writing into them changes the optimizer. Frozen and unused weights belong
-        to rank 0.
+        to rank 0, those of spread experts to the first rank that holds them.
         """
         owned = {f"{_KEYS[kind]}.{part.name}": fragment for _, part, kind, fragment in self._owned(_KEYS)}
-        if torch.distributed.get_rank() == 0:
-            for name, values in self._frozen.items():
+        is_first = torch.distributed.get_rank() == 0
+        for name, values in self._frozen.items():
+            if self._saves_frozen_experts if name in self._expert_names else is_first:
                 flat = values.view(-1)
                 for part in self._parts[name]:
                     fragment = clip_fragment(part, 0, flat)
@@ -130,9 +135,9 @@ class StageEngine:
 
     def set_optimizer_steps(self, steps: Sequence[int]) -> None:
         """Set the step counters of bias correction, after the moments were loaded."""
-        zero = self.engine.optimizer
-        for flat, step in zip(zero.single_partition_of_fp32_groups, steps, strict=True):
-            zero.optimizer.state[flat]["step"].fill_(step)
+        counters = dict(zip(self.group_starts, steps, strict=True))
+        for group, state in self._states():
+            state["step"].fill_(counters[group["start"]])
 
     def tensor_shapes(self) -> dict[str, list[int]]:
         """Shape of every canonical tensor of the model."""
@@ -159,6 +164,12 @@ class StageEngine:
                 "exp_avg_sq": torch.zeros_like(flat),
             }
 
+    def _states(self) -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+        """Settings and optimizer state of every group."""
+        zero = self.engine.optimizer
+        for group, flat in zip(zero.param_groups, zero.single_partition_of_fp32_groups, strict=True):
+            yield group, zero.optimizer.state[flat]
+
     def _owned(self, kinds: Any) -> Iterator[tuple[str, CanonicalPart, str, Fragment]]:
         """(parameter name, canonical part, kind, fragment) of every owned run; see ``owned_fragments``."""
         zero = self.engine.optimizer
@@ -177,6 +188,30 @@ class StageEngine:
                         fragment = clip_fragment(part, mapping.lp_fragment_address.start, values)
                         if fragment is not None:
                             yield name, part, kind, fragment
+
+
+def _mark_experts(module: StageModule, model: torch.nn.Module) -> None:
+    """Have DeepSpeed see that ``module`` has experts of ``model``."""
+    from rxt_dist.parallel.deepspeed_experts import ExpertMark
+
+    module.add_module("expert_mark", ExpertMark(spread_experts(model)[0]))
+
+
+def _optimizer_groups(
+    groups: Mapping[int, list[torch.nn.Parameter]], experts: set[torch.nn.Parameter]
+) -> list[dict[str, Any]]:
+    """The optimizer's groups: of each start, what all ranks share, and spread experts as DeepSpeed wants
+    them (by the name of their process groups)."""
+    found: list[dict[str, Any]] = []
+    for start, members in groups.items():
+        shared = [parameter for parameter in members if parameter not in experts]
+        spread = [parameter for parameter in members if parameter in experts]
+        if shared:
+            found.append({"params": shared, "start": start})
+        if spread:
+            name = spread[0].group_name  # type: ignore[attr-defined]
+            found.append({"params": spread, "start": start, "moe": True, "name": name})
+    return found
 
 
 _KEYS = {"master": "weight", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}

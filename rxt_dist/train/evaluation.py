@@ -12,6 +12,7 @@ from rxt_dist.data.loader import evaluation_batches
 from rxt_dist.data.pieces import InteractionPieces, PieceSource
 from rxt_dist.parallel.bootstrap import World
 from rxt_dist.parallel.collectives import sum_over_ranks
+from rxt_dist.parallel.experts import uneven_passes
 from rxt_dist.randomness import derive_key
 from rxt_dist.stages import Pieces, StageModule, TextStageModule
 from rxt_dist.stages.lane_stage import LaneStageModule
@@ -39,8 +40,9 @@ def evaluate_stage(
         with torch.no_grad():
             if isinstance(module, TextStageModule):
                 results: dict[str, Any] = evaluate_text(module, source, config, stage, world)
-                if world.is_main:
-                    results["samples"] = _samples(module, source, config, world, tokenizer)
+                with uneven_passes(module):
+                    if world.is_main:
+                        results["samples"] = _samples(module, source, config, world, tokenizer)
                 return results
             assert isinstance(module, LaneStageModule)
             assert isinstance(source, InteractionPieces)
@@ -74,16 +76,14 @@ def evaluate_text(
     # float64 keeps integer sums exact; the columns are the total and the count of every metric.
     sums = torch.zeros(len(module.metric_names), 2, dtype=torch.float64, device=world.device)
     tokens = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in batches:
-        if batch is None:
-            continue
-        batch = batch.to(world.device)
-        counts = module.local_counts(batch)
-        terms = module.terms(batch)
-        for row, name in enumerate(module.metric_names):
-            sums[row, 0] += terms[name].total.double()
-            sums[row, 1] += counts[terms[name].count]
-        tokens += counts["tokens"]
+    with uneven_passes(module):
+        for batch in (batch.to(world.device) for batch in batches if batch is not None):
+            counts = module.local_counts(batch)
+            terms = module.terms(batch)
+            for row, name in enumerate(module.metric_names):
+                sums[row, 0] += terms[name].total.double()
+                sums[row, 1] += counts[terms[name].count]
+            tokens += counts["tokens"]
     packed = torch.cat([sums.flatten(), tokens.view(1)])
     sum_over_ranks(packed)
     values = packed.tolist()

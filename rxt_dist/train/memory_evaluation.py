@@ -24,9 +24,11 @@ from rxt_dist.data.order import Int64Array
 from rxt_dist.data.pieces import InteractionPieces
 from rxt_dist.parallel.bootstrap import World
 from rxt_dist.parallel.collectives import sum_over_ranks
+from rxt_dist.parallel.experts import uneven_passes
 from rxt_dist.randomness import derive_key
 from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK
 from rxt_dist.stages.lane_stage import LaneStageModule
+from rxt_dist.stages.memory_statistics import MemorySums
 from rxt_dist.stages.smat import SmatModule
 
 MEMORIES = ("true", "fresh", "foreign")
@@ -54,23 +56,36 @@ def evaluate_memory(
     module.observe(world.device)
     sums = module.memory_sums
     assert sums is not None
-    for group in plan.groups:
-        stm = torch.empty(0)
-        for number, at in enumerate(group.interactions(source, world.device)):
-            fresh = module.fresh.draw(at.visits)
-            if number == 0:
-                stm = fresh
-                if module.system_prompts:
-                    stm, gates = module.write(stm, group.prompts(source, world.device))
-                    sums.add_gates(gates)
-            for row, memory in enumerate((stm, fresh, stm.roll(1, dims=1))):
-                tally.add(number, row, *_score(module, memory, at))
-            stm, gates = module.write(stm, at)
-            sums.add_gates(gates)
-            sums.add_memory(stm, group.last(number, world.device))
+    with uneven_passes(module):
+        for group in plan.groups:
+            _evaluate_group(module, group, source, world, tally, sums)
     statistics = sums.statistics()
     module.observe(None)
     return {**tally.report(foreign=plan.conversations > 1), "statistics": statistics}
+
+
+def _evaluate_group(
+    module: SmatModule,
+    group: _Group,
+    source: InteractionPieces,
+    world: World,
+    tally: _Tally,
+    sums: MemorySums,
+) -> None:
+    """Add the answers of a group's conversations, and what they wrote, to ``tally`` and ``sums``."""
+    stm = torch.empty(0)
+    for number, at in enumerate(group.interactions(source, world.device)):
+        fresh = module.fresh.draw(at.visits)
+        if number == 0:
+            stm = fresh
+            if module.system_prompts:
+                stm, gates = module.write(stm, group.prompts(source, world.device))
+                sums.add_gates(gates)
+        for row, memory in enumerate((stm, fresh, stm.roll(1, dims=1))):
+            tally.add(number, row, *_score(module, memory, at))
+        stm, gates = module.write(stm, at)
+        sums.add_gates(gates)
+        sums.add_memory(stm, group.last(number, world.device))
 
 
 def evaluate_updates(

@@ -23,6 +23,8 @@ from rxt_dist.model import build_model
 from rxt_dist.observe.metrics import TrainState
 from rxt_dist.observe.metrics_file import EVALUATION_FILE, read_metrics
 from rxt_dist.parallel.bootstrap import World
+from rxt_dist.parallel.mesh import Mesh
+from rxt_dist.parallel.parallelize import parallelize
 from rxt_dist.stages import Pieces, build_stage, open_pieces
 from rxt_dist.train.callbacks import Callback
 from rxt_dist.train.engine import StageEngine
@@ -126,7 +128,8 @@ class Trainer:
     def _build_engine(self, stage: StageConfig, resumed: CheckpointReader | None) -> StageEngine:
         """Model, weights and engine of a stage, with the optimizer state if the run is resumed inside it."""
         config, world = self._config, self._world
-        model = build_model(config.model, config.seed)
+        mesh = Mesh(world.size, config.parallel.tensor_size, config.parallel.expert_size)
+        model = build_model(config.model, config.seed, lambda whole: parallelize(whole, mesh, world.rank))
         reader = self._weights
         if reader is not None:
             missing = reader.load_weights(model, allow_missing=self._foreign_weights)
@@ -157,7 +160,7 @@ class Trainer:
             last = stage_step + 1 == stage.steps
             logs = last or step % config.metrics.log_every_steps == 0
             saves = last or (interval is not None and step % interval == 0)
-            rates = [learning_rate(optimizer, stage_step, stage.steps, s) for s in engine.group_starts]
+            rates = {s: learning_rate(optimizer, stage_step, stage.steps, s) for s in engine.group_starts}
             engine.begin_step(stage_step, rates)
             engine.module.observe(self._world.device if logs else None)
             metrics = self._optimizer_step(engine, feed, data)
@@ -167,7 +170,7 @@ class Trainer:
                 values = self._global_values(engine, metrics)
                 if logs:
                     observed = engine.module.observations(data.counts)
-                    self._log(engine, stage, {**values, **observed}, rates[0], meter, tokens)
+                    self._log(engine, stage, {**values, **observed}, rates, meter, tokens)
                 self._check_finite(stage, values["loss"])
             self._callbacks.on_step(step, tokens, time.perf_counter() - started, data.wait_seconds)
             if saves:
@@ -200,7 +203,7 @@ class Trainer:
         engine: StageEngine,
         stage: StageConfig,
         values: Mapping[str, float | None],
-        rate: float,
+        rates: Mapping[int, float],
         meter: Meter,
         tokens: int,
     ) -> None:
@@ -210,7 +213,7 @@ class Trainer:
             "stage": stage.name,
             **values,
             "grad_norm": engine.gradient_norm(),
-            "lr": rate,
+            "lr": rates[min(rates)],
             "tokens": tokens,
             "total_tokens": self._position.tokens,
             "tokens_per_second": tokens_per_second,

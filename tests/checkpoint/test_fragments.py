@@ -27,7 +27,7 @@ def test_runs_of_any_division_cover_every_part_once(data: st.DataObject) -> None
     parameter = torch.arange(sum(rows) * width, dtype=torch.float32)
     parts, start = [], 0
     for number, count in enumerate(rows):
-        parts.append(CanonicalPart(f"part{number}", (count, width), start))
+        parts.append(CanonicalPart(f"part{number}", (count, width), start, count * width))
         start += count * width
     rebuilt = {part.name: torch.full((part.numel,), -1.0) for part in parts}
     covered = 0
@@ -47,7 +47,7 @@ def test_runs_of_any_division_cover_every_part_once(data: st.DataObject) -> None
 def test_a_fragment_is_a_view() -> None:
     """Loading writes through it into the optimizer."""
     values = torch.zeros(10)
-    fragment = clip_fragment(CanonicalPart("part", (4,), 3), 0, values)
+    fragment = clip_fragment(CanonicalPart("part", (4,), 3, 4), 0, values)
     assert fragment is not None
     fragment.values.fill_(1.0)
     assert values.tolist() == [0.0] * 3 + [1.0] * 4 + [0.0] * 3

@@ -51,10 +51,24 @@ class TestWorldSize:
         ):
             check_world_size(config, 4)
 
-    @pytest.mark.parametrize("field", ["tensor_size", "expert_size"])
-    def test_parallel_sizes_that_are_not_supported(self, field: str) -> None:
-        with pytest.raises(MeshError, match=f"^parallel.{field}: found 2; valid: 1$"):
-            check_world_size(tiny(f"parallel.{field}=2"), 2)
+    def test_parallel_sizes_that_are_not_supported(self) -> None:
+        with pytest.raises(MeshError, match=r"^parallel\.tensor_size: found 2; valid: 1$"):
+            check_world_size(tiny("parallel.tensor_size=2"), 2)
+
+    @pytest.mark.parametrize(("size", "world"), [(1, 8), (2, 2), (2, 8), (4, 4), (4, 8)])
+    def test_experts_that_can_be_dealt_out(self, size: int, world: int) -> None:
+        assert check_world_size(tiny(f"parallel.expert_size={size}"), world) == world
+
+    @pytest.mark.parametrize("key", ["contiguous_gradients", "reduce_scatter"])
+    def test_settings_of_zero_that_spread_experts_need(self, key: str) -> None:
+        block = f"deepspeed={{zero_optimization: {{{key}: false}}}}"
+        tiny(block)
+        with pytest.raises(ConfigError) as caught:
+            tiny(block, "parallel.expert_size=2")
+        assert str(caught.value) == (
+            f"tiny with --set: deepspeed.zero_optimization.{key}: found false; parallel.expert_size above 1 "
+            "needs it, valid: true"
+        )
 
     @pytest.mark.parametrize(
         ("size", "world", "valid"), [(3, 4, "1, 2, 4"), (8, 8, "1, 2, 4"), (4, 2, "1, 2")]

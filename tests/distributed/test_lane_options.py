@@ -40,6 +40,10 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {"runtime.recompute": "interaction", "batch.micro_lanes": 1, "zero.stage": 2},
     ),
+    "2 ranks, 2 expert ranks": (
+        2,
+        {"runtime.recompute": "interaction", "batch.micro_lanes": 2, "parallel.expert_size": 2},
+    ),
 }
 OTHERS = [name for name in MESHES if name != "1 rank"]
 

@@ -25,6 +25,7 @@ from rxt_dist.checkpoint import CheckpointReader
 from rxt_dist.config import load_config
 from rxt_dist.kernels.attention import set_attention_backend
 from rxt_dist.model import build_model
+from rxt_dist.stages.expert_statistics import EXPERT_STATISTICS
 from rxt_dist.stages.memory_statistics import MEMORY_STATISTICS
 
 TOLERANCE = 1e-5
@@ -45,6 +46,7 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "2 ranks": (2, {}),
     "4 ranks": (4, {}),
     "2 ranks, accumulation": (2, {"batch.micro_lanes": 1}),
+    "4 ranks, 4 expert ranks": (4, {"parallel.expert_size": 4}),
     "1 rank, window 1": (1, {"batch.window": 1}),
     "2 ranks, window 1, ZeRO 2": (2, {"batch.window": 1, "batch.micro_lanes": 1, "zero.stage": 2}),
 }
@@ -52,6 +54,7 @@ PAIRS = [
     ("1 rank", "2 ranks"),
     ("1 rank", "4 ranks"),
     ("1 rank", "2 ranks, accumulation"),
+    ("1 rank", "4 ranks, 4 expert ranks"),
     ("1 rank, window 1", "2 ranks, window 1, ZeRO 2"),
 ]
 
@@ -120,7 +123,8 @@ def test_weights_and_memories_are_the_same_on_every_mesh(
 
 
 def test_records_hold_the_losses_of_their_stage(runs: dict[str, Path]) -> None:
-    counts = (*MEMORY_STATISTICS, "reset_share", "grad_norm", "lr", "tokens", "total_tokens")
+    memory = (*MEMORY_STATISTICS, "reset_share")
+    counts = ("grad_norm", "lr", "tokens", "total_tokens")
     for record in untimed(metrics(runs["2 ranks"])):
         if record["stage"] == "smat":
             parts = ("answer_loss", "answer_accuracy", "aux_loss")
@@ -128,7 +132,8 @@ def test_records_hold_the_losses_of_their_stage(runs: dict[str, Path]) -> None:
         else:
             parts = ("memory_loss", "stm_difference")
             loss = record["memory_loss"] + 0.01 * record["stm_difference"]
-        assert tuple(record) == ("step", "stage", "loss", *parts, *counts)
+        experts = EXPERT_STATISTICS if record["stage"] == "smat" else ()
+        assert tuple(record) == ("step", "stage", "loss", *parts, *memory, *experts, *counts)
         assert record["loss"] == pytest.approx(loss, rel=1e-6)
 
 

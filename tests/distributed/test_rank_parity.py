@@ -26,6 +26,8 @@ from helpers.runs import (
     untimed,
 )
 
+from rxt_dist.stages.expert_statistics import EXPERT_STATISTICS
+
 TOLERANCE = 1e-5
 # Rounding in another order moves a weight whose gradient is nearly zero by a visible share of one update,
 # since Adam divides by the gradient's size.
@@ -53,13 +55,21 @@ MESHES = {
     REFERENCE: Mesh(1),
     "2 ranks": Mesh(2),
     "4 ranks": Mesh(4),
+    "4 ranks, 2 expert ranks, ZeRO 2, accumulation": Mesh(
+        4, {"parallel.expert_size": 2, "zero.stage": 2, "batch.micro_packs": 1}
+    ),
+    "4 ranks, 4 expert ranks": Mesh(4, {"parallel.expert_size": 4}),
     "2 ranks, ZeRO 2": Mesh(2, {"zero.stage": 2}),
     "2 ranks, accumulation": Mesh(2, {"batch.micro_packs": 1}),
     "2 ranks, ZeRO 2, accumulation, small buckets": Mesh(
         2, {"zero.stage": 2, "batch.micro_packs": 2, "zero.reduce_bucket_size": 3000}
     ),
 }
-SLOW = ("2 ranks, ZeRO 2", "2 ranks, accumulation")  # another mesh has both at once
+SLOW = (
+    "4 ranks, 4 expert ranks",
+    "2 ranks, ZeRO 2",
+    "2 ranks, accumulation",
+)  # another mesh has both at once
 OTHERS = [
     pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
     for name in MESHES
@@ -130,7 +140,11 @@ def test_there_is_one_complete_record_a_step(run_of: RunOf) -> None:
     assert [record["stage"] for record in records] == [name for name in STAGES for _ in range(STAGE_STEPS)]
     counts = ("lr", "tokens", "total_tokens")
     for record in records:
-        assert tuple(record) == ("step", "stage", "loss", *COMPONENTS, "grad_norm", *counts, *TIMES)
+        assert tuple(record) == (
+            "step", "stage", "loss", *COMPONENTS, *EXPERT_STATISTICS, "grad_norm", *counts, *TIMES
+        )  # fmt: skip
+        assert 0.5 < record["expert_load_entropy"] <= 1
+        assert 1 <= record["expert_load_max"] <= 4
         assert all(math.isfinite(record[key]) for key in record if key != "stage")
         parts = record["mlm_loss"] + record["ar_loss"] + 0.01 * record["aux_loss"]
         assert record["loss"] == pytest.approx(parts, rel=1e-6)

@@ -16,14 +16,18 @@ from rxt_dist.stages import build_stage
 from rxt_dist.train.engine import StageEngine
 
 
-def start_engine(config: RunConfig, model: RxTModel, changes: dict[str, Any] | None = None) -> StageEngine:
-    """The engine of the run's first stage; ``changes`` replace top-level keys of its DeepSpeed settings."""
+def join_deepspeed() -> None:
+    """Let DeepSpeed use the process group that exists already; before any engine."""
     configure_deepspeed()
     import deepspeed
 
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
     deepspeed.init_distributed("gloo", verbose=False, auto_mpi_discovery=False)
     set_attention_backend("sdpa", torch.device("cpu"), torch.float32)
+
+
+def start_engine(config: RunConfig, model: RxTModel, changes: dict[str, Any] | None = None) -> StageEngine:
+    """The engine of the run's first stage; ``changes`` replace top-level keys of its DeepSpeed settings."""
     stage = config.stages[0]
     optimizer = stage_optimizer(config, stage)
     settings = deepspeed_config(config, stage, dp_size=dist.get_world_size(), optimizer=optimizer)

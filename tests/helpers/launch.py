@@ -186,12 +186,17 @@ def shell(command: list[str], folder: Path, timeout: float = TIMEOUT_SECONDS) ->
     return Result([process.returncode], output.decode(errors="replace"))
 
 
-def run_function(count: int, function: Callable[..., None], *arguments: object) -> list[int]:
+def run_function(
+    count: int,
+    function: Callable[..., None],
+    *arguments: object,
+    timeout: float = TIMEOUT_SECONDS,
+) -> list[int]:
     """Call ``function(*arguments)`` on ``count`` ranks of a gloo group; their exit codes."""
     port = free_port()
     processes = [_fork(_run_function, (function, arguments, rank, count, port)) for rank in range(count)]
     for process in processes:
-        process.join(TIMEOUT_SECONDS)
+        process.join(timeout)
         process.kill()
         process.join()
     return [int(process.exitcode or 0) for process in processes]

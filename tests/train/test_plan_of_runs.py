@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.engines import start_engine, state_bytes
+from helpers.engines import join_deepspeed, start_engine, state_bytes
 from helpers.lanes import (  # fmt: skip
     SETTINGS,
     MemoryPieces,
@@ -23,6 +24,8 @@ from helpers.launch import run_function
 from rxt_dist.cli import main
 from rxt_dist.config import load_config
 from rxt_dist.model import build_model
+from rxt_dist.parallel.mesh import Mesh
+from rxt_dist.parallel.parallelize import parallelize
 from rxt_dist.train.plan import plan_run
 
 STAGES = ("{name: joint_lm, steps: 2}", "{name: memory_attention, steps: 2}",
@@ -31,6 +34,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (stage, {"zero.stage": zero, "precision": precision})
     for stage, zero, precision in zip(STAGES, (1, 2, 1), ("fp32", "bf16", "bf16"), strict=True)
 ]
+CASES += [(stage, {"parallel.expert_size": 2, "zero.stage": 2}) for stage in STAGES]
 
 
 def overrides(stage: str, own: dict[str, Any]) -> list[str]:
@@ -40,10 +44,14 @@ def overrides(stage: str, own: dict[str, Any]) -> list[str]:
 
 def measure(folder: Path) -> None:
     """On every rank: what its engines hold, case by case."""
+    join_deepspeed()
     found = []
     for stage, own in CASES:
         config = load_config("tiny", overrides(stage, own), require_data=False)
-        engine = start_engine(config, build_model(config.model, 0))
+        mesh, rank = Mesh(2, expert_size=config.parallel.expert_size), torch.distributed.get_rank()
+        engine = start_engine(
+            config, build_model(config.model, 0, partial(parallelize, mesh=mesh, rank=rank))
+        )
         found.append(state_bytes(engine))
         engine.close()
     (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
@@ -85,6 +93,21 @@ def test_gradients_lanes_and_communication_by_hand() -> None:
         assert stage["communication_bytes"]["expert_all_to_all"] == 0
         wanted = trained * 4 if zero == 1 else (trained + 1) // 2 * 4 + 1000 * 4
         assert abs(stage["memory_bytes"]["gradients"] - wanted) <= 16
+
+
+def test_expert_parallel_communication_by_hand() -> None:
+    config = lane_config("{name: smat, steps: 2}", batch__window=3, parallel__expert_size=2)
+    model = build_model(config.model, 0)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    trained = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("mlm_head"))
+    (stage,) = plan_run(config, 4, 41)["stages"]
+    sent = stage["communication_bytes"]
+    # Each of four ranks reduces the rest with three others, and half of the experts with one.
+    assert sent["gradient_reduction"] == (trained - experts) * 4 * 3 // 4 + experts // 2 * 4 // 2
+    rows = 1 * 3 * config.model.seq_len * 2  # one lane, three positions, top 2
+    assert sent["expert_all_to_all_per_layer_and_direction"] == rows * 64 * 4 // 2
+    assert sent["expert_all_to_all"] == 2 * 4 * rows * 64 * 4 // 2
+    assert stage["memory_bytes"]["weights"] == (trained - experts + experts // 2) * 4
 
 
 @pytest.mark.parametrize("window", [1, 4])

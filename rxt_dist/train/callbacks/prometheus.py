@@ -51,7 +51,7 @@ class PrometheusCallback(Callback):
         self._metrics.record_optimization(
             losses=losses, grad_norm=record["grad_norm"], learning_rate=record["lr"]
         )
-        self._metrics.record_memory(record)
+        self._metrics.record_statistics(record)
 
     def on_checkpoint(self, step: int, seconds: float) -> None:
         self._metrics.record_checkpoint(step, seconds)

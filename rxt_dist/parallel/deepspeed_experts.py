@@ -1,0 +1,24 @@
+"""How DeepSpeed learns that a module has experts; imports DeepSpeed, so import it late."""
+
+from __future__ import annotations
+
+from deepspeed.moe.layer import MoE
+from torch import nn
+
+from rxt_dist.parallel.experts import ExpertParallel
+
+
+class ExpertMark(MoE):  # type: ignore[misc]
+    """A module without parameters that makes the engine hand the expert groups to ZeRO.
+
+    The engine looks for instances of its own mixture of experts. Nothing of that is used here: routing,
+    exchange and experts are ours, and the groups exist already.
+    """
+
+    def __init__(self, experts: ExpertParallel) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = experts.total_experts
+        self.ep_size = experts.group.size()
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        pass

@@ -1,0 +1,329 @@
+"""The same optimizer steps twice: by engines on the ranks of a mesh, and by autograd in one process.
+
+Both start from the same whole model and see the same data. What they have in common besides is the model
+(whole experts) and, for the lanes, the schedule; losses, counts and updates of the second are written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from helpers import naive
+from helpers.engines import join_deepspeed, start_engine
+from helpers.lanes import (
+    SETTINGS,
+    MemoryPieces,
+    fresh_stm,
+    plain_answer,
+    plain_write,
+    random_conversations,
+    timeline,
+    windows,
+)
+
+from rxt_dist.checkpoint.fragments import canonical_parts
+from rxt_dist.config import RunConfig, load_config
+from rxt_dist.data.batch import MaskPlan, TextBatch, build_text_batch
+from rxt_dist.data.order import Pack
+from rxt_dist.data.pieces import Piece
+from rxt_dist.kernels.attention import set_attention_backend
+from rxt_dist.model import RxTModel, build_model
+from rxt_dist.model.moe import MoE
+from rxt_dist.parallel.mesh import Mesh
+from rxt_dist.parallel.parallelize import parallelize
+from rxt_dist.train.engine import StageEngine
+
+UNITS, STEPS, WINDOW, CLIP = 8, 3, 2, 0.05
+MASK_ID, FIRST_WORD = 4, 7
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"type": "SGD", "params": {"lr": 0.5}},
+    "AdamW": {"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1, "torch_adam": True}},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "shared expert": {},
+    "top 1, unused expert": {"top_k": 1, "num_shared_experts": 0},
+    "global bias, two shared": {"bias": "global", "num_shared_experts": 2},
+    "no bias": {"bias": "off"},
+    "eight experts": {"num_experts": 8, "top_k": 3},
+}
+STAGES = {
+    "joint_lm": f"{{name: joint_lm, steps: {STEPS}}}",
+    "smat": f"{{name: smat, steps: {STEPS}}}",
+    "smat, frozen decoder": f"{{name: smat, steps: {STEPS}, frozen: [decoder]}}",
+    "smat, decoder joins": f"{{name: smat, steps: {STEPS}, unfreeze: {{decoder: 1}}}}",
+    "smat, always fresh": f"{{name: smat, steps: {STEPS}}}",
+}
+
+
+class Case(NamedTuple):
+    """One engine on one mesh."""
+
+    stage: str
+    world: int
+    expert_size: int
+    zero: int = 1
+    accumulation: int = 1
+    variant: str = "shared expert"
+    recompute: str = "none"
+
+    def config(self) -> RunConfig:
+        micro = UNITS // (self.world * self.accumulation)
+        values = SETTINGS | {
+            "model.embed_dim": 32,
+            "stages": f"[{STAGES[self.stage]}]",
+            "batch.packs": UNITS,
+            "batch.micro_packs": micro,
+            "batch.lanes": UNITS,
+            "batch.micro_lanes": micro,
+            "batch.window": WINDOW,
+            "zero.stage": self.zero,
+            "parallel.expert_size": self.expert_size,
+            "runtime.recompute": self.recompute,
+            "optimizer": f"{{clip_norm: {CLIP}, schedule: constant}}",
+            **{f"model.decoder.moe.{name}": value for name, value in VARIANTS[self.variant].items()},
+        }
+        return load_config("tiny", [f"{name}={value}" for name, value in values.items()], require_data=False)
+
+
+class Pieces:
+    """Short pieces of random words."""
+
+    fingerprint = "random"
+    lengths = np.array([5, 3, 4, 6, 2, 5, 4, 3], dtype=np.int32)
+    supervised = lengths - 1
+
+    def read(self, piece: int) -> Piece:
+        tokens = np.random.default_rng(piece).integers(FIRST_WORD, 41, self.lengths[piece])
+        return Piece(tokens, 1)
+
+    def read_tokens(self, pieces: np.ndarray) -> np.ndarray:
+        return np.concatenate([self.read(piece).tokens for piece in pieces.tolist()])
+
+
+def text_batch(packs: range, step: int) -> TextBatch:
+    """Packs of one piece each; those of the second half have no masked token."""
+    pack = Pack(np.array(packs, dtype=np.int64), np.full(len(packs), step, dtype=np.int64))
+    return build_text_batch(Pieces(), pack, MaskPlan(77, 0.5 if packs.start < UNITS // 2 else 1e-12), MASK_ID)
+
+
+def conversations(case: Case) -> MemoryPieces:
+    """Enough for all steps; in stage "always fresh" none has a second interaction."""
+    counts = [1] * 60 if case.stage.endswith("fresh") else [3, 1, 4, 2, 1, 5, 2, 3] * 4
+    return MemoryPieces(random_conversations(counts, longest=2))
+
+
+def whole_model(case: Case) -> RxTModel:
+    """Parameters off special values, decided routers; with "unused expert" no token chooses the last one."""
+    set_attention_backend("sdpa", torch.device("cpu"), torch.float32)
+    model = build_model(case.config().model, 3)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        for moe in model.modules():
+            if isinstance(moe, MoE):
+                rows = moe.router.proj.weight
+                rows.mul_(6)
+                if "unused" in case.variant:
+                    rows[-1] = rows[:-1].mean(0)  # the mean of all others is never above them all
+    return model
+
+
+def model_of_rank(case: Case, whole: RxTModel, rank: int) -> RxTModel:
+    mesh = Mesh(case.world, expert_size=case.expert_size)
+    model = build_model(case.config().model, 0, lambda one: parallelize(one, mesh, rank))
+    source = dict(whole.named_parameters())
+    with torch.no_grad():
+        for name, parts in canonical_parts(model).items():
+            flat, values = model.get_parameter(name).view(-1), source[name].view(-1)
+            if len(parts) == 1:
+                values = values[parts[0].offset :]
+            flat.copy_(values[: flat.numel()])
+    return model
+
+
+def text_steps(case: Case, engine: StageEngine, rank: int) -> Iterator[list[tuple[Any, dict[str, int]]]]:
+    share = UNITS // case.world
+    size = share // case.accumulation
+    for step in range(STEPS):
+        packs = [text_batch(range(unit, unit + 1), step) for unit in range(UNITS)]
+        counts: dict[str, int] = {}
+        for pack in packs:
+            for name, count in engine.module.local_counts(pack).items():
+                counts[name] = counts.get(name, 0) + count
+        own = range(rank * share, (rank + 1) * share, size)
+        yield [(text_batch(range(first, first + size), step), counts) for first in own]
+
+
+def lane_steps(case: Case, rank: int) -> Iterator[list[tuple[Any, dict[str, int]]]]:
+    micro = UNITS // (case.world * case.accumulation)
+    with windows(
+        conversations(case), window=WINDOW, lanes=UNITS, rank=rank, ranks=case.world, micro=micro
+    ) as steps:
+        for _ in range(STEPS):
+            step = next(steps)
+            yield [(batch, step.counts) for batch in step.batches]
+
+
+def run_on_ranks(folder: Path, cases: list[tuple[int, Case]]) -> None:
+    """On every rank: train all cases with both optimizers and write down what came of it."""
+    join_deepspeed()
+    rank = dist.get_rank()
+    for number, case in cases:
+        whole = whole_model(case)
+        for optimizer in OPTIMIZERS:
+            found = _train(case, model_of_rank(case, whole, rank), optimizer, rank)
+            torch.save(found, folder / f"{number}-{optimizer}-{rank}.pt")
+
+
+def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, Any]:
+    config = case.config()
+    engine = start_engine(config, model, {"optimizer": OPTIMIZERS[optimizer]})
+    rate = OPTIMIZERS[optimizer]["params"]["lr"]
+    share = UNITS // case.world
+    stm = torch.zeros(2, share, config.model.stm_size, 32)
+    found: dict[str, Any] = {"loss": [], "norm": [], "gradients": []}
+    steps = text_steps(case, engine, rank) if case.stage == "joint_lm" else lane_steps(case, rank)
+    for number, batches in enumerate(steps):
+        engine.begin_step(number, {start: rate * (number >= start) for start in engine.group_starts})
+        losses = []
+        for index, (batch, counts) in enumerate(batches):
+            columns = slice(0, 0)
+            if case.stage != "joint_lm":
+                first = batch.first_lane - rank * share
+                columns = slice(first, first + len(batch.lanes))
+            loss, metrics, carried = engine.forward(batch, counts, stm[:, columns])
+            engine.engine.backward(loss, scale_wrt_gas=False)
+            if index == len(batches) - 1:
+                found["gradients"].append(_gradients(engine, model))
+            engine.engine.step()
+            if carried is not None:
+                stm[:, columns] = carried
+            losses.append(metrics[0].item())
+        found["loss"].append(sum(losses))
+        found["norm"].append(engine.gradient_norm())
+    found["fragments"] = {
+        key: (one.numel, one.offset, one.values.clone()) for key, one in engine.owned_fragments().items()
+    }
+    found["shapes"] = engine.tensor_shapes()
+    engine.close()
+    return found
+
+
+def _gradients(engine: StageEngine, model: RxTModel) -> dict[str, torch.Tensor]:
+    """Reduced gradients before clipping, by canonical name with the place in the whole tensor."""
+    trained = {id(p) for group in engine.engine.optimizer.bit16_groups for p in group}
+    found = {}
+    for name, parts in canonical_parts(model).items():
+        parameter = model.get_parameter(name)
+        if id(parameter) in trained:
+            flat = parameter.get_full_hp_grad().view(-1)  # type: ignore[attr-defined]
+            for part in parts:
+                found[part.name] = (part.offset, part.of(flat).clone())
+    return found
+
+
+class Plain:
+    """The steps of a case in one process: autograd over the whole batch and torch's own optimizers."""
+
+    def __init__(self, case: Case, optimizer: str) -> None:
+        self.case, self.config = case, case.config()
+        self.model = whole_model(case)
+        self.margin = float("inf")
+        self.unused = True
+        for moe in self.model.modules():
+            if isinstance(moe, MoE):
+                moe.router.register_forward_hook(self._look)
+        self.start = {"smat, decoder joins": 1, "smat, frozen decoder": STEPS}.get(case.stage, 0)
+        self.carried: dict[int, torch.Tensor] = {}
+        self.source = conversations(case)
+        self.places = timeline(self.source, UNITS, STEPS * WINDOW)
+        self.settings = dict(OPTIMIZERS[optimizer]["params"])
+        self.settings.pop("torch_adam", None)
+        self.kind = getattr(torch.optim, optimizer)
+        self.optimizers: dict[int, torch.optim.Optimizer] = {}
+
+    def _look(self, router: Any, arguments: Any, routing: Any) -> None:
+        """The least distance between the logits of a chosen and the best expert that was not chosen."""
+        logits = router.proj(arguments[0].detach()).detach()
+        best = logits.topk(router.top_k + 1).values
+        self.margin = min(self.margin, float((best[:, -2] - best[:, -1]).min()))
+        self.unused &= not bool((routing.experts == logits.shape[1] - 1).any())
+
+    def groups(self) -> dict[int, dict[str, torch.nn.Parameter]]:
+        """Trained parameters by the step from which they train; the embedding goes with the encoder."""
+        found: dict[int, dict[str, torch.nn.Parameter]] = {}
+        text = self.case.stage == "joint_lm"
+        for name, parameter in self.model.named_parameters():
+            if not name.startswith("memory_attention" if text else "mlm_head"):
+                start = self.start if name.startswith("decoder") else 0
+                found.setdefault(start, {})[name] = parameter
+        return found
+
+    def loss(self, number: int) -> torch.Tensor:
+        if self.case.stage == "joint_lm":
+            packs = [text_batch(range(unit, unit + 1), number) for unit in range(UNITS)]
+            return naive.loss(naive.means(self.model, packs), self.config, 0)
+        return self._lane_loss(number)
+
+    def _lane_loss(self, number: int) -> torch.Tensor:
+        answers = []
+        for lane in range(UNITS):
+            stm = self.carried.get(lane)
+            for places in self.places[number * WINDOW : (number + 1) * WINDOW]:
+                place = places[lane]
+                conversation = self.source.conversations[place.conversation]
+                if place.number == 0:
+                    stm = fresh_stm(self.config, place.visit)
+                else:
+                    assert stm is not None
+                    stm = plain_write(self.model, stm, conversation[place.number - 1])
+                answers.append(self._answer(stm, conversation[place.number], number))
+            assert stm is not None
+            self.carried[lane] = stm.detach()
+        loss = torch.stack([a.loss for a in answers]).sum() / sum(a.targets for a in answers)
+        balance = torch.stack([a.balance for a in answers]).sum() / sum(a.tokens for a in answers)
+        return loss + naive.AUX_SCALE * balance
+
+    def _answer(self, stm: torch.Tensor, interaction: Any, number: int) -> Any:
+        frozen = [p for p in self.model.decoder.parameters() if number < self.start]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        answer = plain_answer(self.model, stm, interaction)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        return answer
+
+    def step(self, number: int) -> tuple[float, float, dict[str, torch.Tensor]]:
+        """Loss, norm and gradients (before clipping) of one step, which it also makes."""
+        self.model.zero_grad()
+        loss = self.loss(number)
+        loss.backward()
+        trained = {start: group for start, group in self.groups().items() if start <= number}
+        gradients = {}
+        for group in trained.values():
+            for name, parameter in group.items():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients[name] = parameter.grad.clone()
+        members = [parameter for group in trained.values() for parameter in group.values()]
+        norm = float(torch.nn.utils.clip_grad_norm_(members, CLIP))
+        for start, group in trained.items():
+            if start not in self.optimizers:
+                self.optimizers[start] = self.kind(list(group.values()), **self.settings)
+            self.optimizers[start].step()
+        return loss.item(), norm, gradients
+
+    def canonical(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Flat values by canonical name."""
+        return {
+            part.name: part.of(values[name].reshape(-1))
+            for name, parts in canonical_parts(self.model).items()
+            if name in values
+            for part in parts
+        }

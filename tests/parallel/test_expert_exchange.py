@@ -1,0 +1,223 @@
+"""The exchange of rows between expert ranks: values, gradients, empty runs, waiting, idle ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.engines import join_deepspeed
+from helpers.launch import run_function
+from torch import nn
+
+from rxt_dist.config import MoEConfig
+from rxt_dist.model.initialisation import initialise
+from rxt_dist.model.moe import ExpertOrder, Experts, MoE
+from rxt_dist.parallel.experts import ExpertParallel, exchange, uneven_passes
+from rxt_dist.parallel.mesh import Mesh
+
+D, HIDDEN, E, K, RANKS = 16, 12, 6, 2, 3
+SYNCS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+
+def moe() -> MoE:
+    layer = MoE(MoEConfig(num_experts=E, top_k=K), D, HIDDEN, gated=True, activation="silu")
+    initialise(layer, 1)
+    return layer
+
+
+def rows_of(rank: int) -> torch.Tensor:
+    """Positive numbers; rank 1 has no row at all."""
+    return torch.rand(0 if rank == 1 else 5 + rank, D, generator=torch.Generator().manual_seed(rank))
+
+
+def spread(layer: MoE) -> ExpertParallel:
+    rank = dist.get_rank()
+    group = dist.new_group(list(range(RANKS)))
+    experts = ExpertParallel(layer.experts, Mesh(RANKS, expert_size=RANKS), rank, group)
+    with torch.no_grad():
+        held = slice(experts.first_expert, experts.first_expert + E // RANKS)
+        for name, parameter in experts.named_parameters():
+            parameter.copy_(layer.experts.get_parameter(name)[held])
+    layer.experts = experts
+    return experts
+
+
+def syncs_of(action: Callable[[], Any]) -> list[str]:
+    """Names of the tensor methods that wait for a device, in the order in which ``action`` called them."""
+    called: list[str] = []
+    originals = {name: getattr(torch.Tensor, name) for name in SYNCS}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def method(*arguments: Any, **options: Any) -> Any:
+            called.append(name)
+            return originals[name](*arguments, **options)
+
+        return method
+
+    for name in SYNCS:
+        setattr(torch.Tensor, name, counting(name))
+    try:
+        action()
+    finally:
+        for name, method in originals.items():
+            setattr(torch.Tensor, name, method)
+    return called
+
+
+def train_once(folder: Path, lose_all: bool) -> None:
+    """Forward and backward on every rank; with ``lose_all`` all tokens go to experts of the first rank."""
+    layer, rank = moe(), dist.get_rank()
+    if lose_all:
+        _send_to_first(layer)
+    experts = spread(layer)
+    x = rows_of(rank).requires_grad_()
+    out: list[torch.Tensor] = []
+    forward = syncs_of(lambda: out.append(layer(x)[0]))
+    loss = (out[0] * torch.arange(D)).sum()
+    backward = syncs_of(loss.backward)
+    torch.save(
+        {
+            "out": out[0].detach(),
+            "grad": x.grad,
+            "router": layer.router.proj.weight.grad,
+            "first": experts.first_expert,
+            "experts": {name: p.grad for name, p in experts.named_parameters()},
+            "syncs": [forward, backward],
+        },
+        folder / f"{rank}.pt",
+    )
+
+
+def _send_to_first(layer: MoE) -> None:
+    with torch.no_grad():
+        layer.router.proj.weight[:K] += 1  # rows are positive
+        layer.router.proj.weight[K:] -= 1
+
+
+@pytest.mark.parametrize("lose_all", [False, True])
+def test_spread_experts_are_the_whole_layer(tmp_path: Path, lose_all: bool) -> None:
+    assert run_function(RANKS, train_once, tmp_path, lose_all) == [0] * RANKS
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    layer = moe()
+    if lose_all:
+        _send_to_first(layer)
+    inputs = [rows_of(rank).requires_grad_() for rank in range(RANKS)]
+    out, _ = layer(torch.cat(inputs))
+    (out * torch.arange(D)).sum().backward()
+    torch.testing.assert_close(torch.cat([one["out"] for one in found]), out.detach())
+    for one, x in zip(found, inputs, strict=True):
+        torch.testing.assert_close(one["grad"], x.grad)
+        for name, gradient in one["experts"].items():
+            whole = layer.experts.get_parameter(name).grad
+            assert whole is not None
+            torch.testing.assert_close(gradient, whole[one["first"] :][: len(gradient)], rtol=1e-5, atol=1e-5)
+        # One copy of the counts; the way back needs none.
+        assert one["syncs"] == [["tolist"], []]
+    router = sum(one["router"] for one in found)
+    torch.testing.assert_close(router, layer.router.proj.weight.grad, rtol=1e-4, atol=1e-4)
+    idle = [one["experts"]["w_in"].abs().sum() for one in found]
+    assert (idle[1] == 0) == lose_all
+
+
+def test_a_whole_layer_never_waits() -> None:
+    layer = moe()
+    x = rows_of(2).requires_grad_()
+
+    def step() -> None:
+        layer(x)[0].sum().backward()
+
+    assert syncs_of(step) == []
+    assert syncs_of(lambda: x.sum().item()) == ["item"]
+
+
+class Twice(nn.Module):
+    """Two layers, as a decoder has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([moe(), moe()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)[0]
+        return x
+
+
+def evaluate_unevenly(folder: Path) -> None:
+    rank = dist.get_rank()
+    model = Twice()
+    for layer in model.layers:
+        spread(layer)
+    found = []
+    for _ in range(2):  # once more: nothing may be left over from the first time
+        with torch.no_grad(), uneven_passes(model):
+            found += [model(rows_of(rank) + number) for number in range((3, 0, 1)[rank])]
+        total = torch.ones(())
+        dist.all_reduce(total)
+        assert total == RANKS
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def test_ranks_may_make_different_numbers_of_passes(tmp_path: Path) -> None:
+    assert run_function(RANKS, evaluate_unevenly, tmp_path) == [0] * RANKS
+    model = Twice()
+    for rank, passes in enumerate((3, 0, 1)):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert len(found) == 2 * passes
+        for number, values in enumerate(found):
+            expected = model(rows_of(rank) + number % max(1, passes)).detach()
+            torch.testing.assert_close(values, expected)
+
+
+def exchange_back_and_forth(folder: Path) -> None:
+    rank = dist.get_rank()
+    sent = [[2, 0, 1], [0, 0, 0], [3, 4, 0]][rank]
+    received = [[2, 0, 3], [0, 0, 4], [1, 0, 0]][rank]
+    rows = (torch.arange(sum(sent) * 2.0) + 100 * rank).view(-1, 2).requires_grad_()
+    group = dist.group.WORLD
+    assert group is not None
+    there = exchange(rows, sent, received, group)
+    back = exchange(there * (rank + 1), received, sent, group)
+    back.sum().backward()
+    torch.save({"there": there.detach(), "back": back.detach(), "grad": rows.grad}, folder / f"{rank}.pt")
+
+
+def test_rows_come_back_to_where_they_were(tmp_path: Path) -> None:
+    assert run_function(RANKS, exchange_back_and_forth, tmp_path) == [0] * RANKS
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    assert found[0]["there"].tolist() == [[0, 1], [2, 3], [200, 201], [202, 203], [204, 205]]
+    assert found[1]["there"][0].tolist() == [206, 207]
+    assert found[2]["there"].tolist() == [[4, 5]]
+    assert found[0]["back"].tolist() == [[0, 1], [2, 3], [12, 15]]  # the last row was at rank 2
+    assert found[0]["grad"].tolist() == [[1, 1], [1, 1], [3, 3]]
+    assert found[1]["grad"].shape == (0, 2)
+
+
+def draw(folder: Path) -> None:
+    join_deepspeed()
+    layer = moe()
+    experts = spread(layer)
+    initialise(layer, 9)
+    torch.save((experts.first_expert, dict(experts.named_parameters())), folder / f"{dist.get_rank()}.pt")
+
+
+def test_initial_experts_are_those_of_a_whole_layer(tmp_path: Path) -> None:
+    assert run_function(RANKS, draw, tmp_path) == [0] * RANKS
+    layer = moe()
+    initialise(layer, 9)
+    for rank in range(RANKS):
+        first, parameters = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert first == rank * E // RANKS
+        for name, values in parameters.items():
+            whole = layer.experts.get_parameter(name)[first : first + E // RANKS]
+            assert torch.equal(values, whole), name
+
+
+def test_order_of_no_rows() -> None:
+    order = ExpertOrder.of(torch.empty(0, dtype=torch.int64), 3)
+    experts = Experts(3, D, HIDDEN, gated=True, activation="silu", biased=True)
+    assert experts(torch.empty(0, D), order.offsets, order.expert_of_row).shape == (0, D)
