@@ -1,16 +1,23 @@
 """Speed of the data path in one thread: reading, packing plus batching, planning order and lanes.
 
     python -m benchmarks.data [--tokens 20000000] [--folder /fast/disk]
+    python -m benchmarks.data --documents 100000000 [--shards 1000]
 
-Two synthetic datasets are built in a temporary folder: documents of about 1,024 tokens, and conversations
-of 5 interactions of about 20 tokens. Rates are the best of --repeats runs with a warm page cache, except
-"first read", which includes the check and decoding of every block.
+Synthetic datasets are built in a temporary folder: documents of about 1,024 tokens, conversations of 5
+interactions of about 20 tokens, and the same with about 50. Rates are the best of --repeats runs with a warm
+page cache, except "first read", which includes the check and decoding of every block.
+
+With --documents it measures size instead of speed: memory and start of a dataset of so many documents, whose
+shards are links to a few real ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +29,9 @@ import torch
 from rxt_dist.data.batch import MaskPlan, build_text_batch, count_pack
 from rxt_dist.data.format import ConversationTokens, Kind, ShardWriter, token_dtype
 from rxt_dist.data.lanes import LaneSchedule, LaneState
+from rxt_dist.data.loader import TextLoader
 from rxt_dist.data.manifest import Manifest, ShardInfo, SplitCounts, fingerprint_of, write_manifest
+from rxt_dist.data.mixing import MixCursor
 from rxt_dist.data.order import PackCursor, PackStream
 from rxt_dist.data.pieces import InteractionPieces, TextPieces
 from rxt_dist.data.reader import Dataset
@@ -30,6 +39,7 @@ from rxt_dist.data.reader import Dataset
 VOCAB = 32_000
 SEQ_LEN = 2048
 INTERACTIONS = 5
+_LINKS = 30_000  # a file system allows about 65,000 links to a file
 
 
 def documents(tokens: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -38,10 +48,10 @@ def documents(tokens: int, rng: np.random.Generator) -> list[np.ndarray]:
     return [rng.integers(7, VOCAB, n) for n in lengths]
 
 
-def conversations(tokens: int, rng: np.random.Generator) -> list[ConversationTokens]:
-    """Conversations of 5 interactions: queries and answers of 6..14 tokens."""
-    count = tokens // (20 * INTERACTIONS)
-    lengths = rng.integers(6, 15, (count, 2 * INTERACTIONS))
+def conversations(tokens: int, rng: np.random.Generator, mean: int = 20) -> list[ConversationTokens]:
+    """Conversations of 5 interactions of ``mean`` tokens on average."""
+    count = tokens // (mean * INTERACTIONS)
+    lengths = rng.integers(mean // 2 - 4, mean // 2 + 5, (count, 2 * INTERACTIONS))
     return [
         ConversationTokens([rng.integers(7, VOCAB, n) for n in row], [1, 2] * INTERACTIONS) for row in lengths
     ]
@@ -66,6 +76,17 @@ def write_dataset(
             for item in items[number * size : (number + 1) * size]:
                 writer.add(item)
             shards.append(writer.close())
+    return finish_dataset(folder, kind, shards, vocab_size, special_tokens)
+
+
+def finish_dataset(
+    folder: Path,
+    kind: Kind,
+    shards: list[ShardInfo],
+    vocab_size: int = VOCAB,
+    special_tokens: Mapping[str, int] | None = None,
+) -> Path:
+    """Write the manifest of ``shards``, which form the train split, and return ``folder``."""
     names = ("documents", "conversations", "interactions", "tokens")
     totals = SplitCounts(truncated=0, **{name: sum(getattr(s, name) for s in shards) for name in names})
     manifest = Manifest(
@@ -73,7 +94,7 @@ def write_dataset(
         dataset_id="benchmark",
         kind=kind,
         created_by="benchmarks.data",
-        dtype="uint16" if dtype.itemsize == 2 else "uint32",
+        dtype="uint16" if token_dtype(vocab_size).itemsize == 2 else "uint32",
         byte_order="little",
         vocab_size=vocab_size,
         special_tokens=dict(special_tokens or {}),
@@ -152,6 +173,59 @@ def bench_lanes(conversations: int, lanes: int, repeats: int) -> float:
     return conversations / min(seconds(epoch) for _ in range(repeats))
 
 
+def linked_dataset(folder: Path, count: int, shards: int) -> Path:
+    """A dataset of ``count`` documents whose shards are links to a few real ones."""
+    (folder / "train").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    each = -(-count // shards)
+    names = [f"rxt-train-{number:06d}" for number in range(shards)]
+    infos: list[ShardInfo] = []
+    with ShardWriter(folder / "train" / f"{names[0]}.tar", "text", token_dtype(VOCAB), 0) as writer:
+        for document in documents(1024 * each, rng):
+            writer.add(document)
+        infos.append(writer.close())
+    original = names[0]
+    for number, name in enumerate(names[1:], start=1):
+        fresh = number % _LINKS == 0
+        for suffix in (".tar", ".idx"):
+            source, target = (folder / "train" / (n + suffix) for n in (original, name))
+            (shutil.copyfile if fresh else os.link)(source, target)
+        original = name if fresh else original
+        infos.append(infos[0].model_copy(update={"name": f"{name}.tar"}))
+    return finish_dataset(folder, "text", infos)
+
+
+def bench_size(folder: Path, documents: int, shards: int) -> list[tuple[str, str]]:
+    """Memory and start-up of a dataset of ``documents`` documents in ``shards`` shards."""
+    linked_dataset(folder, documents, shards)
+    before = _resident()
+    start = time.perf_counter()
+    source = TextPieces(Dataset(folder, "train"), SEQ_LEN)
+    opened = time.perf_counter() - start
+    held = _resident() - before
+    middle = MixCursor(10**6, (PackCursor(2, len(source.lengths) // 2),))
+    options = {"packs": 16, "pack_tokens": 16_384, "micro_packs": 16, "dp_rank": 0, "dp_size": 1}
+    start = time.perf_counter()
+    with TextLoader(
+        source, key=1, masking_probability=0.15, mask_id=4, cursor=middle, prefetch_steps=1, **options
+    ) as loader:
+        next(loader)
+        first = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    count = len(source.lengths)
+    return [
+        ("manifest and index", f"{opened:.2f} s"),
+        ("first batch of 16 packs after that, in the middle of an epoch", f"{first:.2f} s"),
+        ("memory held", f"{held / count:.1f} bytes a document ({held / 1e6:,.0f} MB)"),
+        ("highest while opening and loading", f"{peak / count:.1f} bytes a document ({peak / 1e6:,.0f} MB)"),
+    ]
+
+
+def _resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def main() -> None:
     """Build the datasets, measure, print the table."""
     parser = argparse.ArgumentParser(
@@ -161,9 +235,18 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=2_000_000, help="pieces of the planned order")
     parser.add_argument("--pack-tokens", type=int, default=16_384)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--documents", type=float, help="measure a dataset of so many documents instead")
+    parser.add_argument("--shards", type=float, default=1000, help="shards of that dataset")
     parser.add_argument("--folder", type=Path, help="where the temporary datasets are written")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.documents is not None:
+        count, shards = int(arguments.documents), int(arguments.shards)
+        print(f"{count:,} documents in {shards:,} shards")
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
+            for name, value in bench_size(Path(temporary) / "linked", count, shards):
+                print(f"{name:64}{value}")
+        return
     rng = np.random.default_rng(0)
     print(
         f"python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}, one thread"
@@ -172,11 +255,15 @@ def main() -> None:
     print(f"{'data':28}{'work':30}{'rate':>12}")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         text = write_dataset(Path(temporary) / "text", "text", documents(arguments.tokens, rng))
-        talk = write_dataset(Path(temporary) / "talk", "conversations", conversations(arguments.tokens, rng))
-        for name, source in (
-            ("documents of ~1,024 tokens", TextPieces(Dataset(text, "train"), SEQ_LEN)),
-            ("interactions of ~20 tokens", InteractionPieces(Dataset(talk, "train"), SEQ_LEN)),
-        ):
+        sources: list[tuple[str, TextPieces | InteractionPieces]] = [
+            ("documents of ~1,024 tokens", TextPieces(Dataset(text, "train"), SEQ_LEN))
+        ]
+        for mean in (50, 20):
+            talks = conversations(arguments.tokens, rng, mean)
+            talk = write_dataset(Path(temporary) / f"talk{mean}", "conversations", talks)
+            pieces = InteractionPieces(Dataset(talk, "train"), SEQ_LEN)
+            sources.append((f"interactions of ~{mean} tokens", pieces))
+        for name, source in sources:
             for work, rate in bench_source(source, arguments.pack_tokens, arguments.repeats):
                 print(f"{name:28}{work:30}{rate / 1e6:>8.1f} M tokens/s")
     for lanes in (64, 1024):

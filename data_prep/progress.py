@@ -8,6 +8,15 @@ from typing import NoReturn
 from tqdm import tqdm
 
 
-def progress_bar(description: str, unit: str) -> tqdm[NoReturn]:
-    """A bar on stderr; silent when stderr is not a terminal, so that logs stay readable."""
-    return tqdm(desc=description, unit=f" {unit}s", file=sys.stderr, disable=not sys.stderr.isatty())
+def progress_bar(description: str, unit: str, total: int | None = None) -> tqdm[NoReturn]:
+    """A bar on stderr with rate, and remaining time if the ``total`` is known; silent when stderr is not a
+    terminal, so that logs stay readable. The unit "B" (bytes) is scaled, others are in the plural."""
+    is_bytes = unit == "B"
+    return tqdm(
+        desc=description,
+        total=total,
+        unit="B" if is_bytes else f" {unit}s",
+        unit_scale=is_bytes,
+        file=sys.stderr,
+        disable=not sys.stderr.isatty(),
+    )

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_prep.inputs import Chunk, RawRecord
+from data_prep.inputs import Chunk
+from data_prep.readers import RawRecord
 from rxt_dist.data.manifest import Kind
 from rxt_dist.errors import DataError
 
@@ -80,6 +82,23 @@ class ConversationRecord:
 Record = TextRecord | ConversationRecord
 
 
+def sample_key(record: Record) -> int:
+    """64 bits that rank records for a sample; unrelated to the hash that holds documents out."""
+    return _hash(f"sample/{record.hash}")
+
+
+def content_key(record: Record) -> bytes:
+    """16 bytes, equal for records that differ in case, white space and compatible characters only.
+
+    Normalisation: Unicode NFKC, case folded, runs of white space become one space, none at the ends. What
+    is compared of a conversation are its texts in order; ids and marks do not count.
+    """
+    normal = (" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in record.texts())
+    has_system = isinstance(record, ConversationRecord) and record.system is not None
+    joined = "\0".join([str(int(has_system)), *(text.replace("\0", " ") for text in normal)])
+    return hashlib.blake2b(joined.encode(), digest_size=16).digest()
+
+
 def _hash(content: str) -> int:
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big")
 
@@ -100,7 +119,7 @@ def parse_chunk(chunk: Chunk, kind: Kind | None) -> list[Record]:
         try:
             records.append(_parse(raw, kind))
         except DataError as error:
-            raise DataError(f"{chunk.file}: line {raw.line}: {error}") from error
+            raise DataError(f"{chunk.file}: {raw.place}: {error}") from error
     return records
 
 

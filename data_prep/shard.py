@@ -1,64 +1,51 @@
-"""Building a dataset: tokenise in parallel, write in order, publish by one rename.
+"""Building a dataset: tokenise parts of the input in parallel, decide, write shards in order, publish.
 
-The output is a function of the inputs and the options only: chunks are consumed in the order of the input,
-whatever process encoded them, and nothing records a time, a path or the number of workers.
+The output is a function of the inputs and the options only: parts are consecutive records, whatever
+process encoded them and however large they are, and nothing records a time, a path or the number of
+workers. What is finished stays on the disk (see :mod:`data_prep.work`), so a killed build goes on.
 """
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-
-from data_prep.encode import (
-    MIN_MAX_TOKENS,
-    EncodedChunk,
-    EncodeOptions,
-    Encoder,
-    encode_in_worker,
-    start_worker,
-    vocabulary_size,
-)
-from data_prep.inputs import check_inputs, describe_sources, read_chunks
-from data_prep.output import OutputFolder
+from data_prep.describe import make_manifest
+from data_prep.encode import MIN_MAX_TOKENS, EncodeOptions, Encoder, vocabulary_size
+from data_prep.inputs import InputReader, RawPart
+from data_prep.parts import PartCounts, StoredPart, start_worker, write_part, write_part_in_worker
+from data_prep.plan import Plan, make_plan
 from data_prep.progress import progress_bar
-from rxt_dist import __version__
-from rxt_dist.data.format import (
-    ConversationTokens,
-    Kind,
-    ShardWriter,
-    decode_conversation_block,
-    decode_text_block,
-    token_dtype,
-)
+from data_prep.sources import Source, resolve_inputs
+from data_prep.split_writer import DEFAULT_SHARD_BYTES, MIN_SHARD_BYTES, SplitWriter
+from data_prep.work import WorkFolder
+from rxt_dist.data.blocks import select_documents, slice_documents
+from rxt_dist.data.cutter import BLOCK_DOCUMENTS
+from rxt_dist.data.format import Kind, token_dtype
 from rxt_dist.data.manifest import (
-    FORMAT_VERSION,
     SPLITS,
     TOKENIZER_FOLDER,
+    Filters,
     Manifest,
     ShardInfo,
+    SourceInfo,
     Split,
-    SplitCounts,
-    compute_fingerprint,
+    load_manifest,
     write_manifest,
 )
 from rxt_dist.data.tokens import TOKENIZER_FILE, load_tokenizer, special_ids, tokenizer_sha256
 from rxt_dist.errors import DataError
 
-logger = logging.getLogger(__name__)
-
-DEFAULT_SHARD_BYTES = 256 << 20
-MIN_SHARD_BYTES = 10240  # the smallest tar
+DEFAULT_PART_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +53,8 @@ class ShardOptions:
     """What to build; every field is checked by :func:`build_dataset`."""
 
     kind: Kind
-    inputs: Sequence[Path]
+    inputs: Sequence[str | Path]
+    """See :mod:`data_prep.sources`."""
     tokenizer: Path
     """Folder that holds tokenizer.json."""
     output: Path
@@ -74,8 +62,13 @@ class ShardOptions:
     val_fraction: float = 0.01
     max_tokens: int | None = None
     split_documents: int | None = None
+    min_tokens: int | None = None
+    drop_longer: int | None = None
+    dedup: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
-    block_documents: int = 64
+    block_documents: int = BLOCK_DOCUMENTS
+    part_bytes: int = DEFAULT_PART_BYTES
+    """Input that a worker encodes at once; the dataset does not depend on it."""
 
     def check(self) -> None:
         """Raise :class:`DataError` for a value out of range."""
@@ -85,6 +78,8 @@ class ShardOptions:
             ("--block-documents", self.block_documents, 1),
             ("--max-tokens", self.max_tokens, MIN_MAX_TOKENS),
             ("--split-documents", self.split_documents, MIN_MAX_TOKENS),
+            ("--min-tokens", self.min_tokens, 1),
+            ("--drop-longer", self.drop_longer, self.min_tokens or 1),
         )
         for name, value, minimum in limits:
             if value is not None and value < minimum:
@@ -97,158 +92,106 @@ class ShardOptions:
             )
         if self.split_documents is not None and self.max_tokens is not None:
             raise DataError("--split-documents and --max-tokens exclude each other: give one of them")
+        longest = self.split_documents or (self.max_tokens if self.kind == "text" else None)
+        if self.min_tokens is not None and longest is not None and self.min_tokens > longest:
+            raise DataError(
+                f"--min-tokens is {self.min_tokens} but documents have at most {longest}: none would be left"
+            )
 
     def encode_options(self) -> EncodeOptions:
         """The part of the options that workers need."""
-        return EncodeOptions(self.tokenizer, self.kind, self.max_tokens, self.split_documents)
+        return EncodeOptions(
+            tokenizer=self.tokenizer,
+            kind=self.kind,
+            max_tokens=self.max_tokens,
+            split_documents=self.split_documents,
+            min_tokens=self.min_tokens,
+            drop_longer=self.drop_longer,
+            dedup=self.dedup,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """All that determines the work on the inputs, as JSON values named like the options."""
+        encode = asdict(self.encode_options())
+        del encode["tokenizer"]
+        values = {
+            **encode,
+            "val_fraction": self.val_fraction,
+            "shard_bytes": self.shard_bytes,
+            "block_documents": self.block_documents,
+            "part_bytes": self.part_bytes,
+            "tokenizer": tokenizer_sha256(self.tokenizer),
+        }
+        return {f"--{name.replace('_', '-')}": value for name, value in values.items()}
 
 
 def build_dataset(options: ShardOptions) -> Manifest:
-    """Build the dataset and return its manifest; on any failure nothing is left behind.
+    """Build the dataset and return its manifest; goes on where a killed build with these options was.
 
     Raises:
-        DataError: an option, an input record, the tokenizer or the output folder is not usable.
+        DataError: an option, an input record, the tokenizer, the output folder or the work folder of an
+            earlier build is not usable.
     """
     options.check()
-    check_inputs(options.inputs)
+    sources = resolve_inputs(options.inputs)
     special_ids(load_tokenizer(options.tokenizer))
-    with OutputFolder(options.output) as folder:
-        outcome = _write_shards(options, folder, forced={})
-        forced = outcome.repair(options.val_fraction)
-        if forced:
-            for split in SPLITS:
-                shutil.rmtree(folder / split, ignore_errors=True)
-            outcome = _write_shards(options, folder, forced)
-        (folder / TOKENIZER_FOLDER).mkdir()
-        shutil.copyfile(options.tokenizer / TOKENIZER_FILE, folder / TOKENIZER_FOLDER / TOKENIZER_FILE)
-        manifest = _manifest(options, outcome, folder / TOKENIZER_FOLDER)
-        write_manifest(folder, manifest)
+    with WorkFolder(options.output, options.identity(), sources) as work:
+        if work.published:
+            return load_manifest(options.output)
+        parts = work.total_parts
+        if parts is None:
+            parts = _tokenise(options, sources, work)
+        manifest = _assemble(options, sources, work, [work.part_path(number) for number in range(parts)])
+        write_manifest(work.dataset, manifest)
+        work.publish()
     return manifest
 
 
-@dataclass
-class _Extreme:
-    """The document with the smallest and the one with the largest hash."""
-
-    smallest: tuple[int, int] | None = None
-    largest: tuple[int, int] | None = None
-
-    def see(self, digest: int, document: int) -> None:
-        if self.smallest is None or digest < self.smallest[0]:
-            self.smallest = (digest, document)
-        if self.largest is None or digest > self.largest[0]:
-            self.largest = (digest, document)
+class _Submit(Protocol):
+    def __call__(self, raw: RawPart, path: Path) -> Future[PartCounts]: ...
 
 
-@dataclass
-class _Outcome:
-    """What was written."""
+def _tokenise(options: ShardOptions, sources: list[Source], work: WorkFolder) -> int:
+    """Write all parts that are not there yet; returns how many there are."""
+    first, start = work.resume_point()
+    reader = InputReader(sources, work.downloads, work)
+    pending: deque[tuple[Future[PartCounts], int]] = deque()
+    count, tokens = first, 0
+    sizes = sum(source.bytes for source in sources)
+    with progress_bar("tokenising", "B", total=sizes or None) as bar, _executor(options) as submit:
 
-    shards: list[ShardInfo] = field(default_factory=list)
-    documents: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    truncated: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    pieces: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    extreme: _Extreme = field(default_factory=_Extreme)
+        def wait() -> None:
+            nonlocal tokens
+            future, position = pending.popleft()
+            tokens += future.result().tokens
+            bar.set_postfix_str(f"{tokens / 1e6:.1f} M tokens", refresh=False)
+            bar.update(position - bar.n)
 
-    def repair(self, val_fraction: float) -> dict[int, Split]:
-        """Documents to move so that a small corpus has something in both splits: ordinal -> split.
-
-        A validation split that was asked for and stayed empty gets the document with the smallest hash; an
-        empty training split gets the one with the largest.
-        """
-        total = sum(self.documents.values())
-        assert self.extreme.smallest is not None
-        assert self.extreme.largest is not None
-        if self.documents["train"] == 0:
-            return {self.extreme.largest[1]: "train"}
-        if self.documents["val"] == 0 and val_fraction > 0 and total >= 2:
-            return {self.extreme.smallest[1]: "val"}
-        return {}
-
-
-class _SplitWriter:
-    """The shards of one split, begun when the first document comes and when a shard is full."""
-
-    def __init__(self, options: ShardOptions, folder: Path, split: Split, dtype: np.dtype[Any]) -> None:
-        self._options, self._folder, self._split, self._dtype = options, folder / split, split, dtype
-        self._writer: ShardWriter | None = None
-        self.shards: list[ShardInfo] = []
-
-    def add(self, document: Any) -> None:
-        if self._writer is not None and self._writer.bytes_written >= self._options.shard_bytes:
-            self.finish()
-        if self._writer is None:
-            self._folder.mkdir(exist_ok=True)
-            number = len(self.shards)
-            path = self._folder / f"rxt-{self._split}-{number:06d}.tar"
-            self._writer = ShardWriter(
-                path, self._options.kind, self._dtype, number, self._options.block_documents
-            )
-        self._writer.add(document)
-
-    def finish(self) -> None:
-        if self._writer is not None:
-            self.shards.append(self._writer.close())
-            self._writer = None
-
-    def abort(self) -> None:
-        if self._writer is not None:
-            self._writer.abort()
+        for raw in reader.parts(options.part_bytes, first, start):
+            count = raw.number + 1
+            path = work.part_path(raw.number)
+            if not path.is_file():  # a killed build may have finished later parts before earlier ones
+                pending.append((submit(raw, path), reader.bytes_read))
+            while len(pending) > 2 * options.workers:
+                wait()
+        while pending:
+            wait()
+    work.finish_parts(count)
+    return count
 
 
-def _write_shards(options: ShardOptions, folder: Path, forced: Mapping[int, Split]) -> _Outcome:
-    dtype = token_dtype(vocabulary_size(load_tokenizer(options.tokenizer)))
-    writers = {split: _SplitWriter(options, folder, split, dtype) for split in SPLITS}
-    outcome = _Outcome()
-    threshold = int(options.val_fraction * 2.0**64)
-    ordinal = 0
-    try:
-        with progress_bar("sharding", "document") as bar:
-            for chunk in _encoded_chunks(options):
-                for i, document in enumerate(_documents(options.kind, chunk, dtype)):
-                    digest = chunk.hashes[i]
-                    by_hash: Split = "val" if digest < threshold else "train"
-                    split = forced.get(ordinal, by_hash)
-                    writers[split].add(document)
-                    outcome.extreme.see(digest, ordinal)
-                    outcome.documents[split] += 1
-                    outcome.truncated[split] += chunk.truncated[i]
-                    outcome.pieces[split] += chunk.split[i]
-                    ordinal += 1
-                bar.update(len(chunk.hashes))
-        if ordinal == 0:
-            names = ", ".join(str(path) for path in options.inputs)
-            raise DataError(f"the corpus is empty: no record in {names}")
-        for split in SPLITS:
-            writers[split].finish()
-            outcome.shards += writers[split].shards
-    finally:
-        for writer in writers.values():
-            writer.abort()
-    return outcome
-
-
-def _documents(kind: Kind, chunk: EncodedChunk, dtype: np.dtype[Any]) -> Iterator[Any]:
-    decode = decode_text_block if kind == "text" else decode_conversation_block
-    block = decode(chunk.members, dtype)
-    for i in range(len(chunk.hashes)):
-        document = block.document(i)
-        if isinstance(document, ConversationTokens) and not _is_marked(document):
-            document = ConversationTokens(document.segments, document.roles)
-        yield document
-
-
-def _is_marked(conversation: ConversationTokens) -> bool:
-    """A chunk carries marks for all of its conversations as soon as one of them has any."""
-    return conversation.marks is not None and any(marks.any() for marks in conversation.marks)
-
-
-def _encoded_chunks(options: ShardOptions) -> Iterator[EncodedChunk]:
-    """Encoded chunks in input order; a bounded number is under way."""
+@contextmanager
+def _executor(options: ShardOptions) -> Iterator[_Submit]:
+    """Something that encodes parts: this process if it is to be the only one, else worker processes."""
     if options.workers == 1:
         encoder = Encoder(options.encode_options())
-        for chunk in read_chunks(options.inputs):
-            yield encoder.encode(chunk)
+
+        def at_once(raw: RawPart, path: Path) -> Future[PartCounts]:
+            future: Future[PartCounts] = Future()
+            future.set_result(write_part(encoder, raw, path))
+            return future
+
+        yield at_once
         return
     pool = ProcessPoolExecutor(
         options.workers,
@@ -256,14 +199,8 @@ def _encoded_chunks(options: ShardOptions) -> Iterator[EncodedChunk]:
         initializer=start_worker,
         initargs=(options.encode_options(),),
     )
-    pending: deque[Future[EncodedChunk]] = deque()
     try:
-        for chunk in read_chunks(options.inputs):
-            pending.append(pool.submit(encode_in_worker, chunk))
-            if len(pending) > 3 * options.workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield lambda raw, path: pool.submit(write_part_in_worker, raw, path)
     except BrokenProcessPool as error:
         raise DataError(
             "a worker process ended unexpectedly (killed, or out of memory); try fewer --workers"
@@ -272,49 +209,99 @@ def _encoded_chunks(options: ShardOptions) -> Iterator[EncodedChunk]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _manifest(options: ShardOptions, outcome: _Outcome, tokenizer_folder: Path) -> Manifest:
-    tokenizer = load_tokenizer(tokenizer_folder)
-    vocab_size = vocabulary_size(tokenizer)
-    dtype = token_dtype(vocab_size).name
-    assert dtype in ("uint16", "uint32")
-    ids, digest = special_ids(tokenizer), tokenizer_sha256(tokenizer_folder)
-    fingerprint = compute_fingerprint(
-        kind=options.kind,
-        dtype=dtype,
-        vocab_size=vocab_size,
-        special_tokens=ids,
-        tokenizer_sha256=digest,
-        shards=outcome.shards,
+def _assemble(options: ShardOptions, sources: list[Source], work: WorkFolder, parts: list[Path]) -> Manifest:
+    """Write the shards that are not there yet from the parts."""
+    plan = make_plan(parts, len(sources), options.val_fraction, options.dedup)
+    if plan.documents == 0:
+        names = ", ".join(source.shown for source in sources)
+        what = "every record was dropped" if any(plan.dropped.values()) else "no record"
+        raise DataError(f"the corpus is empty: {what} in {names}")
+    work.dataset.mkdir(exist_ok=True)
+    shards: list[ShardInfo] = []
+    with progress_bar("writing", "document", total=plan.documents) as bar:
+        for split in SPLITS:
+            shards += _write_split(options, work, plan, split, parts, bar.update)
+    tokenizer = work.dataset / TOKENIZER_FOLDER
+    tokenizer.mkdir(exist_ok=True)
+    shutil.copyfile(options.tokenizer / TOKENIZER_FILE, tokenizer / TOKENIZER_FILE)
+    return _manifest(options, sources, work, plan, shards)
+
+
+def _write_split(
+    options: ShardOptions, work: WorkFolder, plan: Plan, split: Split, parts: list[Path], report: Any
+) -> list[ShardInfo]:
+    finished = work.finished_shards(split)
+    written = finished[-1].documents if finished else 0
+
+    def on_shard(info: ShardInfo) -> None:
+        nonlocal written
+        written += info.documents
+        work.finish_shard(info, written)
+
+    dtype = token_dtype(vocabulary_size(load_tokenizer(options.tokenizer)))
+    writer = SplitWriter(
+        work.dataset,
+        split,
+        options.kind,
+        dtype,
+        shard_bytes=options.shard_bytes,
+        block_documents=options.block_documents,
+        finished=[state.info for state in finished],
+        on_shard=on_shard,
     )
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        dataset_id=f"{options.kind}-{fingerprint[:16]}",
+    skip = written
+    with writer:
+        for number, path in enumerate(parts):
+            members = plan.members(number, split)
+            count = int(members.sum())
+            report(count)
+            if count <= skip:
+                skip -= count
+                continue
+            with StoredPart(path) as part:
+                block = part.block(options.kind, dtype)
+            assert block is not None
+            chosen = select_documents(block, members)
+            writer.add(slice_documents(chosen, skip, count) if skip else chosen)
+            skip = 0
+    return writer.shards
+
+
+def _manifest(
+    options: ShardOptions, sources: list[Source], work: WorkFolder, plan: Plan, shards: list[ShardInfo]
+) -> Manifest:
+    infos = []
+    for number, source in enumerate(sources):
+        state = work.source(number)
+        infos.append(
+            SourceInfo(
+                name=source.name,
+                sha256=state.sha256,
+                bytes=state.bytes,
+                records=int(plan.sources.records[number]),
+                documents=int(plan.sources.documents[number]),
+                tokens=int(plan.sources.tokens[number]),
+            )
+        )
+    tokenizer = load_tokenizer(options.tokenizer)
+    return make_manifest(
         kind=options.kind,
-        created_by=f"rxt-data {__version__}",
-        dtype="uint16" if dtype == "uint16" else "uint32",
-        byte_order="little",
-        vocab_size=vocab_size,
-        special_tokens=ids,
-        tokenizer_sha256=digest,
+        vocab_size=vocabulary_size(tokenizer),
+        special_tokens=special_ids(tokenizer),
+        tokenizer_sha256=tokenizer_sha256(options.tokenizer),
         max_tokens=options.max_tokens,
         split_documents=options.split_documents,
+        filters=Filters(
+            min_tokens=options.min_tokens,
+            drop_longer=options.drop_longer,
+            dedup=options.dedup,
+            dropped=plan.dropped,
+        ),
         val_fraction=options.val_fraction,
-        source=describe_sources(options.inputs),
-        counts={split: _counts(outcome, split) for split in SPLITS},
-        shards=outcome.shards,
-        fingerprint=fingerprint,
-    )
-
-
-def _counts(outcome: _Outcome, split: Split) -> SplitCounts:
-    shards = [shard for shard in outcome.shards if shard.split == split]
-    return SplitCounts(
-        documents=sum(shard.documents for shard in shards),
-        conversations=sum(shard.conversations for shard in shards),
-        interactions=sum(shard.interactions for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
-        truncated=outcome.truncated[split],
-        split=outcome.pieces[split],
+        source=infos,
+        shards=shards,
+        truncated=plan.truncated,
+        pieces=plan.pieces,
     )
 
 

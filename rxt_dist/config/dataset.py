@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from pydantic import ValidationError
 
 from rxt_dist.config.base import Problem
 from rxt_dist.config.model import SpecialTokens
 from rxt_dist.config.problems import explain
-from rxt_dist.config.run import STAGE_DATA, DataKind, RunConfig
+from rxt_dist.config.run import DATA_KINDS, STAGE_DATA, DataKind, RunConfig
 from rxt_dist.errors import ConfigError
 
 TOKEN_NAMES = {
@@ -26,15 +27,19 @@ TOKEN_NAMES = {
 
 
 def data_problems(config: RunConfig) -> list[Problem]:
-    """Stages whose dataset is not set, one problem for each field of ``data``."""
+    """Stages whose dataset is not set or is more than they can read, by field of ``data``."""
     problems = []
-    kinds: tuple[DataKind, ...] = ("text", "conversations")
-    for kind in kinds:
+    for kind in DATA_KINDS:
         users = [f"{i} ({s.name})" for i, s in enumerate(config.stages) if STAGE_DATA[s.name] == kind]
         if users and getattr(config.data, kind) is None:
             stages = f"stage {users[0]} needs" if len(users) == 1 else f"stages {', '.join(users)} need"
             hint = f"set it to a dataset folder, for example --set data.{kind}=FOLDER"
             problems.append(Problem(f"data.{kind}", f"not set, but {stages} it; {hint}"))
+    lanes = [f"{i} ({s.name})" for i, s in enumerate(config.stages) if s.uses_lanes]
+    count = len(config.data.datasets("conversations"))
+    if lanes and count > 1:
+        valid = f"valid for stage {lanes[0]}: one, because its lanes follow the conversations of one dataset"
+        problems.append(Problem("data.conversations", f"found {count} datasets; {valid}"))
     return problems
 
 
@@ -43,7 +48,7 @@ def resolve_dataset(
     *,
     vocab_size: int,
     special_ids: Mapping[str, int],
-    tokenizer_sha256: Mapping[DataKind, str],
+    tokenizer_sha256: Mapping[str, str],
 ) -> RunConfig:
     """Fill in the ``auto`` values of the model from the datasets.
 
@@ -51,7 +56,8 @@ def resolve_dataset(
         config: the run.
         vocab_size: vocabulary of the datasets' tokenizer.
         special_ids: its special tokens, by their name in the tokenizer (``[BOS]``); others are ignored.
-        tokenizer_sha256: hash of each dataset's tokenizer, by field of ``data``.
+        tokenizer_sha256: hash of each dataset's tokenizer, by field of ``data`` (``text``), or field and
+            number in its list (``text.1``).
 
     Raises:
         ConfigError: the datasets do not share one tokenizer, it lacks a special token, or an explicit
@@ -59,9 +65,7 @@ def resolve_dataset(
     """
     if len(set(tokenizer_sha256.values())) > 1:
         hashes = tokenizer_sha256.items()
-        found = ", ".join(
-            f"data.{kind} ({getattr(config.data, kind)}) has {sha[:12]}" for kind, sha in hashes
-        )
+        found = ", ".join(f"data.{name} ({_folder(config, name)}) has {sha[:12]}" for name, sha in hashes)
         raise ConfigError(f"datasets: {found}; all datasets of a run must be made with the same tokenizer")
     missing = [name for name in TOKEN_NAMES.values() if name not in special_ids]
     if missing:
@@ -79,6 +83,11 @@ def resolve_dataset(
     except ValidationError as error:
         lines = "; ".join(str(problem) for problem in explain(error, RunConfig))
         raise ConfigError(f"datasets: {lines}") from error
+
+
+def _folder(config: RunConfig, name: str) -> Path:
+    kind, _, number = name.partition(".")
+    return config.data.datasets(cast(DataKind, kind))[int(number or 0)].path
 
 
 def _refuse_difference(field: str, own: int | str, dataset: int) -> None:

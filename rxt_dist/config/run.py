@@ -20,6 +20,7 @@ StageName = Literal["joint_lm", "interaction_sft", "memory_attention", "smat"]
 Component = Literal["encoder", "decoder", "memory_attention"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 DataKind = Literal["text", "conversations"]
+DATA_KINDS: tuple[DataKind, ...] = get_args(DataKind)
 
 STAGE_DATA: dict[StageName, DataKind] = {
     "joint_lm": "text",
@@ -71,13 +72,50 @@ class ZeroConfig(Section):
     """Whether gradients are reduced while the backward pass still runs."""
 
 
+class MixedDataset(Section):
+    """One of several datasets that a stage reads."""
+
+    path: ConfigPath
+    """Dataset folder."""
+    weight: int = Field(1, ge=1, le=1000)
+    """Its share of the packs is `weight` divided by the sum over the list."""
+
+
+Datasets = ConfigPath | Annotated[list[MixedDataset], Field(min_length=1)] | None
+
+
 class DataConfig(Section):
     """Dataset folders made by `rxt-data`; a relative path is relative to the current folder."""
 
-    text: ConfigPath | None = None
-    """Dataset of documents, for stage joint_lm."""
-    conversations: ConfigPath | None = None
-    """Dataset of conversations, for the stages after joint_lm."""
+    text: Datasets = None
+    """Dataset of documents for stage joint_lm, or a list of them as {path, weight}."""
+    conversations: Datasets = None
+    """Dataset of conversations for the stages after joint_lm; a list only for interaction_sft."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """What a damaged block does; error: it ends the run; skip: its documents are left out, on all ranks."""
+    max_corrupt_blocks: int = Field(16, ge=1)
+    """Most damaged blocks that are left out in a stage; one more ends the run."""
+    accept_changed: bool = False
+    """Whether --resume goes on with another dataset than the run was started with, at its next epoch."""
+
+    def datasets(self, kind: DataKind) -> list[MixedDataset]:
+        """The datasets of ``kind``, also if it is a single one; empty if it is not set."""
+        value: Path | list[MixedDataset] | None = getattr(self, kind)
+        if value is None:
+            return []
+        return [MixedDataset(path=value)] if isinstance(value, Path) else value
+
+    @model_validator(mode="after")
+    def _check_datasets(self) -> Self:
+        problems = []
+        for kind in DATA_KINDS:
+            paths = [dataset.path for dataset in self.datasets(kind)]
+            for number, path in enumerate(paths):
+                if path in paths[:number]:
+                    valid = "it is in the list already; give it a larger weight instead"
+                    problems.append(Problem(f"{kind}.{number}.path", f"found {path}; {valid}"))
+        report(problems)
+        return self
 
 
 class BatchConfig(Section):

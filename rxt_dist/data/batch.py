@@ -130,9 +130,13 @@ def supervised_rows(lengths: Int64Array, supervised: Int64Array) -> Int64Array:
 def build_text_batch(source: PieceSource, pack: Pack, plan: MaskPlan, mask_id: int) -> TextBatch:
     """Read the pieces of ``pack`` and lay them out as one micro-batch on the CPU.
 
+    An empty pack becomes a single mask token that nothing is asked of, because a stage needs a sequence.
+
     Raises:
         DataError: a shard that holds one of the pieces is missing or damaged.
     """
+    if not len(pack.pieces):
+        return _empty_batch(mask_id)
     lengths = source.lengths[pack.pieces].astype(np.int64)
     supervised = source.supervised[pack.pieces].astype(np.int64)
     tokens = source.read_tokens(pack.pieces)
@@ -151,4 +155,12 @@ def build_text_batch(source: PieceSource, pack: Pack, plan: MaskPlan, mask_id: i
         next_index=torch.from_numpy(next_index),
         next_targets=torch.from_numpy(tokens[next_index + 1]),
         token_keys=torch.from_numpy(fold_in(keys, positions).view(np.int64)),
+    )
+
+
+def _empty_batch(mask_id: int) -> TextBatch:
+    token, nothing = torch.tensor([mask_id]), torch.zeros(0, dtype=torch.int64)
+    layout = SequenceLayout.from_lengths([1], torch.device("cpu"))
+    return TextBatch(
+        token, token.clone(), layout, nothing, nothing, nothing, nothing, torch.zeros_like(token)
     )

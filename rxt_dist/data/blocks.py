@@ -26,7 +26,7 @@ MAX_MARK = 255
 
 LENGTH_DTYPE = np.dtype("<u4")
 _BYTE = np.dtype("u1")
-_TAR_BLOCK = 512
+TAR_BLOCK = 512
 _ALLOWED_EXTENSIONS = (".bin", ".json", ".jsonl")
 _MEMBER_NAME = re.compile(r"([0-9]{6,}_[0-9]{6,})\.([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)")
 
@@ -299,29 +299,42 @@ def decode_block(members: Mapping[str, Buffer], kind: Kind, dtype: np.dtype[Any]
     return (decode_text_block if kind == "text" else decode_conversation_block)(members, dtype)
 
 
+def block_key(header: bytes) -> str:
+    """The key ``SHARD_BLOCK`` of the block that begins with the tar header ``header`` [512 bytes].
+
+    Raises:
+        DataError: it is no header of a member of a block.
+    """
+    name, _ = _parse_header(header)
+    match = _MEMBER_NAME.fullmatch(name)
+    if match is None:
+        raise DataError(f"member name {name!r} is not allowed")
+    return match[1]
+
+
 def parse_members(span: memoryview) -> dict[str, Buffer]:
     """The members of one block by extension, from the tar headers in its byte span."""
     members: dict[str, Buffer] = {}
     key, position = None, 0
     while position < len(span):
-        name, size = _parse_header(bytes(span[position : position + _TAR_BLOCK]))
+        name, size = _parse_header(bytes(span[position : position + TAR_BLOCK]))
         match = _MEMBER_NAME.fullmatch(name)
         if match is None or not name.endswith(_ALLOWED_EXTENSIONS):
             raise DataError(f"member name {name!r} is not allowed")
         if key not in (None, match[1]) or match[2] in members:
             raise DataError(f"member {name!r} does not belong to this block")
-        position += _TAR_BLOCK
+        position += TAR_BLOCK
         if position + size > len(span):
             raise DataError(f"member {name!r} is larger than its block")
         key = match[1]
         members[match[2]] = span[position : position + size]
-        position += -(-size // _TAR_BLOCK) * _TAR_BLOCK
+        position += -(-size // TAR_BLOCK) * TAR_BLOCK
     return members
 
 
 def _parse_header(header: bytes) -> tuple[str, int]:
     """Name and size of a plain USTAR member."""
-    if len(header) < _TAR_BLOCK or header[257:262] != b"ustar" or header[156:157] not in (b"0", b"\0"):
+    if len(header) < TAR_BLOCK or header[257:262] != b"ustar" or header[156:157] not in (b"0", b"\0"):
         raise DataError("not the header of a plain file")
     try:
         recorded = int(header[148:156].strip(b" \0"), 8)

@@ -8,7 +8,7 @@ import numpy as np
 
 from rxt_dist.data.blocks import Block, document_lengths, join_blocks, slice_documents, starts_of
 
-BLOCK_DOCUMENTS = 64
+BLOCK_DOCUMENTS = 256
 BLOCK_BYTES = 262144
 
 
@@ -48,7 +48,7 @@ class BlockCutter:
         while start < total:
             fitting = int(np.searchsorted(ends, ends[start] + self._size, side="right")) - 1
             stop = min(max(fitting, start + 1), start + self._documents)
-            if stop >= total and total - start < self._documents:
+            if stop >= total:
                 break  # the next document may still fit into this block
             yield slice_documents(joined, start, stop)
             start = stop

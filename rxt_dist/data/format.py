@@ -1,6 +1,6 @@
 """Shards: tar files of blocks, each with a binary index, read back by byte span.
 
-A block is one group of tar members (``tokens.bin`` and small arrays of lengths) that holds about 64
+A block is one group of tar members (``tokens.bin`` and small arrays of lengths) that holds up to 256
 documents, because the cost of a tar is per member. Any webdataset reader can read the shards; ours goes
 through the index, which has the position and crc32 of every block and the length of every document, so
 that the order of training can be planned without reading a token.
@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import operator
 import os
 import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +77,7 @@ BLOCK_DTYPE = np.dtype(
 _INDEX_MAGIC = b"RXTINDEX"
 _INDEX_VERSION = 1
 _INDEX_PREFIX = struct.Struct("<8sII")  # magic, version, bytes of the JSON header
+_MAX_HEADER_BYTES = 4096
 _TEXT_ARRAYS = {"blocks": BLOCK_DTYPE, "document_tokens": LENGTH_DTYPE}
 _CONVERSATION_ARRAYS = {
     **_TEXT_ARRAYS,
@@ -132,50 +134,37 @@ class ShardIndex:
         temporary.replace(path)
 
     @classmethod
-    def read(cls, path: Path) -> ShardIndex:
-        """Read and check an index.
+    def read(cls, path: Path | str, sha256: str | None = None) -> ShardIndex:
+        """Read and check an index; ``sha256``: what the file must hash to.
 
         Raises:
-            DataError: missing, damaged, of another version, or inconsistent.
+            DataError: missing, damaged, of another version, or inconsistent. The size of the file is compared
+                with what its header implies before the arrays are read.
         """
         try:
-            data = path.read_bytes()
+            with open(path, "rb") as file:
+                arrays_start, header = _read_header(file, os.fstat(file.fileno()).st_size)
+                file.seek(0)
+                data = file.read()
+            index = cls._parse(data, arrays_start, header)
+            index._check()
+            if sha256 not in (None, hashlib.sha256(data).hexdigest()):
+                raise DataError("its sha256 is not that of the manifest")
         except OSError as error:
             raise DataError(f"{path}: cannot read the index: {error.strerror}") from error
-        try:
-            index = cls._parse(data)
-            index._check()
-        except (struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{path} is damaged: {error}") from error
-        except DataError as error:
+        except (DataError, struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path} is damaged: {error}") from error
         return index
 
     @classmethod
-    def _parse(cls, data: bytes) -> ShardIndex:
-        if len(data) < _INDEX_PREFIX.size + 4 or data[:8] != _INDEX_MAGIC:
-            raise DataError("not a shard index")
-        _, version, header_bytes = _INDEX_PREFIX.unpack_from(data)
-        if version != _INDEX_VERSION:
-            raise DataError(f"index version {version}; this version of rxt-dist reads {_INDEX_VERSION}")
+    def _parse(cls, data: bytes, position: int, header: _IndexHeader) -> ShardIndex:
         if struct.unpack("<I", data[-4:])[0] != zlib.crc32(memoryview(data)[:-4]):
             raise DataError("its crc32 does not match its content")
-        position = _INDEX_PREFIX.size + header_bytes
-        header = json.loads(data[_INDEX_PREFIX.size : position])
-        kind = header["kind"]
-        dtypes = {"text": _TEXT_ARRAYS, "conversations": _CONVERSATION_ARRAYS}[kind]
-        if [name for name, _ in header["arrays"]] != list(dtypes) or header["dtype"] not in (
-            "uint16",
-            "uint32",
-        ):
-            raise DataError("unknown arrays or token type in the header")
         arrays: dict[str, npt.NDArray[Any]] = {}
-        for name, count in header["arrays"]:
-            arrays[name] = np.frombuffer(data, dtypes[name], count, position)
+        for name, (dtype, count) in header.arrays.items():
+            arrays[name] = np.frombuffer(data, dtype, count, position)
             position += arrays[name].nbytes
-        if position != len(data) - 4:
-            raise DataError("wrong size")
-        return cls(kind=kind, dtype=np.dtype(header["dtype"]).newbyteorder("<"), **arrays)
+        return cls(kind=header.kind, dtype=header.dtype, **arrays)
 
     def _check(self) -> None:
         """The arrays agree with each other."""
@@ -196,6 +185,38 @@ class ShardIndex:
             self.document_tokens.sum(dtype=np.int64)
         ):
             raise DataError("tokens of the segments do not add up")
+
+
+@dataclass(frozen=True)
+class _IndexHeader:
+    kind: Kind
+    dtype: np.dtype[Any]
+    arrays: dict[str, tuple[np.dtype[Any], int]]
+    """Type and length of every array, in the order of the file."""
+
+
+def _read_header(file: BinaryIO, size: int) -> tuple[int, _IndexHeader]:
+    """Where the arrays begin, and the header of an index file of ``size`` bytes."""
+    start = file.read(_INDEX_PREFIX.size)
+    if len(start) < _INDEX_PREFIX.size or start[:8] != _INDEX_MAGIC:
+        raise DataError("not a shard index")
+    _, version, header_bytes = _INDEX_PREFIX.unpack(start)
+    if version != _INDEX_VERSION:
+        raise DataError(f"index version {version}; this version of rxt-dist reads {_INDEX_VERSION}")
+    if header_bytes > _MAX_HEADER_BYTES:
+        raise DataError(f"a header of {header_bytes} bytes; it has at most {_MAX_HEADER_BYTES}")
+    header = json.loads(file.read(header_bytes))
+    kind = header["kind"]
+    dtypes = {"text": _TEXT_ARRAYS, "conversations": _CONVERSATION_ARRAYS}[kind]
+    lengths = dict(header["arrays"])
+    if list(lengths) != list(dtypes) or header["dtype"] not in ("uint16", "uint32"):
+        raise DataError("unknown arrays or token type in the header")
+    arrays = {name: (dtype, operator.index(lengths[name])) for name, dtype in dtypes.items()}
+    begin = _INDEX_PREFIX.size + header_bytes
+    expected = begin + sum(dtype.itemsize * count for dtype, count in arrays.values()) + 4
+    if size != expected or any(count < 0 for _, count in arrays.values()):
+        raise DataError(f"it has {size} bytes, its header implies {expected}")
+    return begin, _IndexHeader(kind, np.dtype(header["dtype"]).newbyteorder("<"), arrays)
 
 
 class ShardWriter:

@@ -6,7 +6,7 @@ position, t supervised tokens of one position.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from rxt_dist.data.batch import TensorRecord, piece_positions, supervised_rows
 from rxt_dist.data.lanes import BoolArray, LaneSchedule, LaneState, LaneWindow
 from rxt_dist.data.order import Int64Array
-from rxt_dist.data.pieces import InteractionPieces
+from rxt_dist.data.pieces import BlockId, InteractionPieces
 from rxt_dist.data.prefetch import PrefetchedLoader
 from rxt_dist.errors import ConfigError
 from rxt_dist.model.layout import SequenceLayout
@@ -39,8 +39,8 @@ class LaneInteractions(TensorRecord):
     target_marks: torch.Tensor
     """uint8 [t] d >= 1: the target can only be known from the interaction d interactions earlier."""
     present: torch.Tensor
-    """bool [b] False where the lane has nothing to read here: its sequence is then a single [PAD], because a
-    sequence without keys has no defined attention, and nothing of it may be used."""
+    """bool [b] False where the lane has nothing to read here, or only a damaged block: its sequence is then a
+    single [PAD], because a sequence without keys has no defined attention, and nothing of it may be used."""
     reset: torch.Tensor
     """bool [b] a conversation begins here: it reads a fresh STM."""
     visits: torch.Tensor
@@ -62,7 +62,7 @@ class WindowBatch(TensorRecord):
     it, or the system prompt of a conversation that begins there; absent in lanes that have neither. Empty if
     the loader was told not to read them."""
     positions: tuple[LaneInteractions, ...]
-    """W of them, all present in every lane."""
+    """W of them, present in every lane but for damaged blocks."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,16 @@ class WindowStep:
     """Micro-batches of this rank, in the order of their lanes."""
     counts: dict[str, int]
     """Counts of the whole step over all ranks: "tokens", "answer" (supervised tokens), "slots" (STM slots
-    whose position holds a token), "interactions" and "resets". The look-back is not counted."""
+    whose position holds a token), "interactions" and "resets"; as planned from the index. The look-back is
+    not counted."""
     position_counts: list[dict[str, int]]
     """The same for each of the W positions; they sum to ``counts``."""
     state: LaneState
     """State after this step: a loader that starts from it continues with the next step."""
+    lost: dict[str, int]
+    """What of the counts this rank left out because its block is damaged."""
+    damage: Mapping[BlockId, str]
+    """The damaged blocks that this rank has met up to this step, each with a sentence."""
     wait_seconds: float = field(default=0.0, compare=False)
     """Seconds that the training loop waited for this step's data."""
 
@@ -164,27 +169,32 @@ class _RankPlan:
         """The endless steps of this rank from ``state`` on."""
         while True:
             window, state = self.schedule.next_window(state, self.window)
-            position_counts = self._counts(window)
+            everywhere = np.ones(window.interactions.shape, dtype=np.bool_)
+            position_counts = self._counts(window, everywhere)
+            absent = np.zeros_like(everywhere)
             batches = []
             for lanes in self.micro_batches:
                 batch = self._batch(window, lanes)
+                absent[lanes] = ~np.stack([at.present.numpy() for at in batch.positions], axis=1)
                 batches.append(batch.pin_memory() if self.pin_memory else batch)
-            counts = {name: sum(c[name] for c in position_counts) for name in position_counts[0]}
-            yield WindowStep(batches, counts, position_counts, state)
+            lost = _total(self._counts(window, absent))
+            damage = self.source.damage()
+            yield WindowStep(batches, _total(position_counts), position_counts, state, lost, damage)
 
     def _pieces(self, window: LaneWindow) -> Int64Array:
         """Piece of every lane and position: int64 [G, W]."""
         return self.source.dataset.interaction_starts[window.conversations] + window.interactions
 
-    def _counts(self, window: LaneWindow) -> list[dict[str, int]]:
+    def _counts(self, window: LaneWindow, where: BoolArray) -> list[dict[str, int]]:
+        """Counts of each position, over the lanes in which ``where`` [G, W] is set."""
         pieces = self._pieces(window)
         lengths = self.source.lengths[pieces]
         columns = {
-            "tokens": lengths.sum(axis=0, dtype=np.int64),
-            "answer": self.source.answer_kept[pieces].sum(axis=0),
-            "slots": np.minimum(lengths, self.stm_size).sum(axis=0, dtype=np.int64),
-            "interactions": np.full(self.window, len(pieces)),
-            "resets": window.resets.sum(axis=0),
+            "tokens": lengths.sum(axis=0, dtype=np.int64, where=where),
+            "answer": self.source.answer_kept[pieces].sum(axis=0, where=where),
+            "slots": np.minimum(lengths, self.stm_size).sum(axis=0, dtype=np.int64, where=where),
+            "interactions": where.sum(axis=0),
+            "resets": window.resets.sum(axis=0, where=where),
         }
         return [{name: int(column[w]) for name, column in columns.items()} for w in range(self.window)]
 
@@ -230,13 +240,18 @@ def read_interactions(
     """Read one interaction a lane; ``pieces``, ``visits`` and ``numbers`` [b] count where ``present``.
 
     Where it is not, the system prompt of conversation ``prompts`` [b] is read in its place, if it has one.
+    What lies in a damaged block is absent, but a conversation begins all the same.
 
     Raises:
         DataError: a shard is missing or damaged.
     """
+    begins = present & (numbers == 0)
     prompted = np.zeros(len(pieces), dtype=np.bool_)
     if prompts is not None:
         prompted = ~present & (source.prompt_kept[prompts] > 0)
+        prompted[prompted] = ~source.dataset.lost(prompts[prompted])
+    present = present.copy()
+    present[present] = ~source.lost(pieces[present])
     spoken = pieces[present]
     lengths = np.ones(len(pieces), dtype=np.int64)
     lengths[present] = source.lengths[spoken]
@@ -263,7 +278,12 @@ def read_interactions(
         next_targets=torch.from_numpy(tokens[next_index + 1]),
         target_marks=torch.from_numpy(marks[next_index + 1]),
         present=torch.from_numpy(present | prompted),
-        reset=torch.from_numpy(present & (numbers == 0)),
+        reset=torch.from_numpy(begins),
         visits=torch.from_numpy(visits.copy()),
         numbers=torch.from_numpy(numbers.copy()),
     )
+
+
+def _total(counts: list[dict[str, int]]) -> dict[str, int]:
+    """Sums over the positions of a window."""
+    return {name: sum(count[name] for count in counts) for name in counts[0]}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from rxt_dist.data.batch import MaskPlan, TextBatch, build_text_batch, count_pack
-from rxt_dist.data.order import PackCursor, PackStream, concatenate_packs, packs_in_index_order
-from rxt_dist.data.pieces import PieceSource
+from rxt_dist.data.mixing import MixCursor, PackMixer, mixed_in_index_order
+from rxt_dist.data.order import Pack, concatenate_packs
+from rxt_dist.data.pieces import BlockId, PieceSource
 from rxt_dist.data.prefetch import PrefetchedLoader
 from rxt_dist.errors import ConfigError
 
@@ -22,9 +23,13 @@ class TextStep:
     batches: list[TextBatch]
     """Micro-batches of this rank, in order."""
     counts: dict[str, int]
-    """Counts of the whole step over all ranks: "tokens", "masked", "next"."""
-    cursor: PackCursor
+    """Counts of the whole step over all ranks: "tokens", "masked", "next"; as planned from the index."""
+    cursor: MixCursor
     """State after this step: a loader that starts from it continues with the next step."""
+    lost: dict[str, int]
+    """What of the counts this rank left out because its block is damaged."""
+    damage: Mapping[BlockId, str]
+    """The damaged blocks that this rank has met up to this step, each with a sentence."""
     wait_seconds: float = field(default=0.0, compare=False)
     """Seconds that the training loop waited for this step's data."""
 
@@ -50,7 +55,7 @@ class TextLoader(PrefetchedLoader[TextStep]):
         dp_size: int,
         masking_probability: float,
         mask_id: int,
-        cursor: PackCursor | None = None,
+        cursor: MixCursor | None = None,
         prefetch_steps: int = 2,
         pin_memory: bool = False,
     ) -> None:
@@ -68,7 +73,7 @@ class TextLoader(PrefetchedLoader[TextStep]):
         share = packs // dp_size
         plan = _RankPlan(
             source=source,
-            stream=PackStream(source.lengths, key=key, pack_tokens=pack_tokens),
+            mixer=PackMixer(source, key=key, pack_tokens=pack_tokens),
             masks=MaskPlan(key, masking_probability),
             mask_id=mask_id,
             packs=packs,
@@ -78,7 +83,7 @@ class TextLoader(PrefetchedLoader[TextStep]):
             ],
             pin_memory=pin_memory and torch.cuda.is_available(),
         )
-        super().__init__(plan.steps(cursor or PackCursor()), prefetch_steps)
+        super().__init__(plan.steps(cursor or plan.mixer.first()), prefetch_steps)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class _RankPlan:
     """Everything that decides what one rank reads; the background thread holds nothing else."""
 
     source: PieceSource
-    stream: PackStream
+    mixer: PackMixer
     masks: MaskPlan
     mask_id: int
     packs: int
@@ -94,17 +99,29 @@ class _RankPlan:
     """Packs of the step that form each micro-batch of this rank."""
     pin_memory: bool
 
-    def steps(self, cursor: PackCursor) -> Iterator[TextStep]:
+    def steps(self, cursor: MixCursor) -> Iterator[TextStep]:
         """The endless steps of this rank from ``cursor`` on."""
         while True:
-            packs, cursor = self.stream.next_packs(cursor, self.packs)
+            packs, cursor = self.mixer.next_packs(cursor, self.packs)
             counts = count_pack(self.source, concatenate_packs(packs), self.masks)
+            lost = dict.fromkeys(counts, 0)
             batches = []
             for members in self.micro_batches:
-                pack = concatenate_packs([packs[i] for i in members])
+                pack, left_out = _readable(self.source, concatenate_packs([packs[i] for i in members]))
+                if left_out is not None:
+                    missing = count_pack(self.source, left_out, self.masks)
+                    lost = {name: lost[name] + missing[name] for name in lost}
                 batch = build_text_batch(self.source, pack, self.masks, self.mask_id)
                 batches.append(batch.pin_memory() if self.pin_memory else batch)
-            yield TextStep(batches, counts, cursor)
+            yield TextStep(batches, counts, cursor, lost, self.source.damage())
+
+
+def _readable(source: PieceSource, pack: Pack) -> tuple[Pack, Pack | None]:
+    """The pieces of ``pack`` that can be read, and those in damaged blocks, if there are any."""
+    lost = source.lost(pack.pieces)
+    if not lost.any():
+        return pack, None
+    return Pack(pack.pieces[~lost], pack.epochs[~lost]), Pack(pack.pieces[lost], pack.epochs[lost])
 
 
 def evaluation_batches(
@@ -121,13 +138,18 @@ def evaluation_batches(
     """One fixed pass over all pieces in index order, cut into packs that are dealt to the ranks in turn.
 
     Every rank gets the same number of items: batch i of rank r is pack ``i dp_size + r``, or None when
-    there is no such pack. ``max_packs`` limits the packs of all ranks together (None: the whole split).
+    there is no such pack, or nothing of it can be read (see :meth:`PieceSource.lost`). ``max_packs`` limits
+    the packs of all ranks together (None: the whole split).
     The content is the same for every ``dp_size`` and at every call.
 
     Raises:
         DataError: a piece is longer than ``pack_tokens``, or a shard is missing or damaged.
     """
-    packs = itertools.islice(packs_in_index_order(source.lengths, pack_tokens), max_packs)
+    packs = itertools.islice(mixed_in_index_order(source, pack_tokens), max_packs)
     masks = MaskPlan(key, masking_probability)
     while row := list(itertools.islice(packs, dp_size)):
-        yield build_text_batch(source, row[dp_rank], masks, mask_id) if dp_rank < len(row) else None
+        pack = _readable(source, row[dp_rank])[0] if dp_rank < len(row) else None
+        if pack is None or not len(pack.pieces):
+            yield None
+        else:
+            yield build_text_batch(source, pack, masks, mask_id)

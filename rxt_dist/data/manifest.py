@@ -25,6 +25,7 @@ _MAX_MANIFEST_BYTES = 256 << 20
 Kind = Literal["text", "conversations"]
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
+DropReason = Literal["short", "long", "duplicate"]
 
 _SHA256 = r"^[0-9a-f]{64}$"
 
@@ -63,11 +64,30 @@ class ShardInfo(_Record):
 
 
 class SourceInfo(_Record):
-    """One input file of the dataset."""
+    """One input file of the dataset, or one Hugging Face dataset (then of its rows as JSON lines)."""
 
     name: str
     sha256: str = Field(pattern=_SHA256)
     bytes: int = Field(ge=0)
+    records: int = Field(default=0, ge=0)
+    """Records in the file."""
+    documents: int = Field(default=0, ge=0)
+    """Documents or conversations that they became, both splits."""
+    tokens: int = Field(default=0, ge=0)
+    """Tokens of these, special tokens included."""
+
+
+class Filters(_Record):
+    """What was left out when the dataset was built."""
+
+    min_tokens: int | None = Field(default=None, ge=1)
+    """Shorter documents (pieces, conversations) were dropped; None: none."""
+    drop_longer: int | None = Field(default=None, ge=1)
+    """Longer records were dropped, before any was truncated or split; None: none."""
+    dedup: bool = False
+    """Whether repeated records were dropped."""
+    dropped: dict[DropReason, int] = Field(default_factory=dict)
+    """Records dropped as too long or as repeated, documents dropped as too short."""
 
 
 class SplitCounts(_Record):
@@ -99,6 +119,7 @@ class Manifest(_Record):
     """Limit that documents or interactions were truncated to; None: nothing was truncated."""
     split_documents: int | None = Field(default=None, ge=1)
     """Size that longer documents were split into; None: no document was split."""
+    filters: Filters = Filters()
     val_fraction: float = Field(ge=0.0, lt=1.0)
     source: list[SourceInfo]
     counts: dict[Split, SplitCounts]

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from rxt_dist.data.manifest import Kind
-from rxt_dist.data.reader import Dataset, Int64Array, UInt8Array
+from rxt_dist.data.reader import BoolArray, Dataset, Int64Array, UInt8Array
 from rxt_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+BlockId = tuple[int, int]
+"""A block of the data of a stage: the number of the dataset, and of the block in its split."""
 Int32Array = npt.NDArray[np.int32]
 
 
@@ -57,6 +60,15 @@ class PieceSource(Protocol):
     def read(self, piece: int) -> Piece:
         """One piece. Raises DataError on damage."""
 
+    def lost(self, pieces: Int64Array) -> BoolArray:
+        """Which pieces [n] lie in damaged blocks and are to be left out: bool [n]."""
+
+    def damage(self) -> Mapping[BlockId, str]:
+        """The damaged blocks that :meth:`lost` has met, each with a sentence."""
+
+    def lose(self, blocks: Iterable[BlockId]) -> None:
+        """Count ``blocks`` as damaged without looking at them. Raises DataError if there is no such block."""
+
 
 class _Pieces(ABC):
     """Common part of the piece sources of a dataset."""
@@ -86,6 +98,24 @@ class _Pieces(ABC):
         first_target = int(self.lengths[piece] - self.supervised[piece])
         return Piece(self.read_tokens(np.array([piece])), first_target)
 
+    @abstractmethod
+    def documents_of(self, pieces: Int64Array) -> Int64Array:
+        """Document or conversation of each piece: int64 [n]."""
+
+    def lost(self, pieces: Int64Array) -> BoolArray:
+        """Which pieces [n] lie in damaged blocks and are to be left out: bool [n]."""
+        if not self.dataset.skip_corrupt:
+            return np.zeros(len(pieces), dtype=np.bool_)
+        return self.dataset.lost(self.documents_of(pieces))
+
+    def damage(self) -> Mapping[BlockId, str]:
+        """The damaged blocks that :meth:`lost` has met, each with a sentence."""
+        return {(0, block): message for block, message in self.dataset.damage().items()}
+
+    def lose(self, blocks: Iterable[BlockId]) -> None:
+        """Count ``blocks`` as damaged without looking at them. Raises DataError if there is no such block."""
+        self.dataset.lose(block for _, block in blocks)
+
 
 class TextPieces(_Pieces):
     """Documents; those longer than ``seq_len`` are split into consecutive pieces of at most ``seq_len``.
@@ -96,18 +126,34 @@ class TextPieces(_Pieces):
     def __init__(self, dataset: Dataset, seq_len: int) -> None:
         """Raises DataError if the dataset is not text or its split is empty."""
         super().__init__(dataset, "text", seq_len)
-        tokens = dataset.document_tokens.astype(np.int64)
-        pieces_of_document = -(-tokens // seq_len)
-        self._first_piece = np.cumsum(pieces_of_document) - pieces_of_document  # [documents]
-        lengths = np.full(int(pieces_of_document.sum()), seq_len, dtype=np.int32)
-        lengths[self._first_piece + pieces_of_document - 1] = tokens - seq_len * (pieces_of_document - 1)
-        self.lengths = lengths
-        self.supervised = lengths - 1
+        self.lengths = dataset.document_tokens.view(np.int32)
+        self._first_piece: npt.NDArray[np.unsignedinteger[Any]] | None = None
+        """[documents] number of the first piece; None: no document is split."""
+        if int(dataset.document_tokens.max()) > seq_len:
+            self._split(dataset.document_tokens.astype(np.int64))
+        self.supervised = self.lengths - 1
+
+    def _split(self, tokens: Int64Array) -> None:
+        pieces_of_document = -(-tokens // self.seq_len)
+        ends = np.cumsum(pieces_of_document)
+        self.lengths = np.full(int(ends[-1]), self.seq_len, dtype=np.int32)
+        self.lengths[ends - 1] = tokens - self.seq_len * (pieces_of_document - 1)
+        self._first_piece = (ends - pieces_of_document).astype(np.min_scalar_type(int(ends[-1])))
+
+    def documents_of(self, pieces: Int64Array) -> Int64Array:
+        """Document of each piece: int64 [n]."""
+        if self._first_piece is None:
+            return pieces
+        # In another type than its own the whole array would be converted for the search.
+        sought = pieces.astype(self._first_piece.dtype)
+        return np.searchsorted(self._first_piece, sought, side="right") - 1
 
     def read_tokens(self, pieces: Int64Array) -> Int64Array:
         """Tokens of several pieces one after the other: int64 [N]. Raises DataError on damage."""
-        documents = np.searchsorted(self._first_piece, pieces, side="right") - 1
-        offsets = (pieces - self._first_piece[documents]) * self.seq_len
+        documents = self.documents_of(pieces)
+        offsets = np.zeros(len(pieces), dtype=np.int64)
+        if self._first_piece is not None:
+            offsets = (pieces - self._first_piece[documents].astype(np.int64)) * self.seq_len
         return self.dataset.read_spans(documents, offsets, self.lengths[pieces])
 
 
@@ -140,6 +186,10 @@ class InteractionPieces(_Pieces):
                 dataset.split,
                 seq_len,
             )
+
+    def documents_of(self, pieces: Int64Array) -> Int64Array:
+        """Conversation of each interaction: int64 [n]."""
+        return self.dataset.locate_interactions(pieces)[0]
 
     def read_tokens(self, pieces: Int64Array) -> Int64Array:
         """Tokens of several pieces one after the other: int64 [N]. Raises DataError on damage."""

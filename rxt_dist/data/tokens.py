@@ -67,4 +67,5 @@ def tokenizer_sha256(folder: Path) -> str:
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         raise DataError(f"tokenizer folder {folder} has no {TOKENIZER_FILE}")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import mmap
 from pathlib import Path
+from tarfile import RECORDSIZE
 
 import numpy as np
 
+from rxt_dist.data.blocks import TAR_BLOCK, block_key
 from rxt_dist.data.format import (
     ROLE_ANSWER,
     ROLE_QUERY,
@@ -16,31 +18,48 @@ from rxt_dist.data.format import (
     TextBlock,
     read_block,
 )
-from rxt_dist.data.manifest import TOKENIZER_FOLDER, Manifest, ShardInfo, load_manifest
+from rxt_dist.data.manifest import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, ShardInfo, load_manifest
 from rxt_dist.data.tokens import tokenizer_sha256
 from rxt_dist.errors import DataError
 
-_END_OF_ARCHIVE = 1024  # a tar ends with at least two zero blocks of 512 bytes
+_END_OF_ARCHIVE = 2 * TAR_BLOCK  # a tar ends with at least two zero blocks
+_LONGEST_END = _END_OF_ARCHIVE + RECORDSIZE  # and is filled up to a whole record
 
 
 def verify_dataset(folder: Path, deep: bool) -> list[str]:
     """Return one sentence for every problem found; an empty list says that the dataset is sound.
 
-    Always checked: manifest and fingerprint, tokenizer, presence and size of every file, sha256 and content
-    of every index. ``deep`` reads every byte as well: sha256 of the shards, crc32 and structure of every
-    block, token ids, and the lengths that the index claims.
+    Always checked: manifest, fingerprint and counts, tokenizer, presence and size of every file, sha256 and
+    content of every index, and of every shard the first and the last block's name and the end. ``deep``
+    reads every byte as well: sha256 of the shards, crc32 and structure of every block, token ids, and the
+    lengths that the index claims.
     """
     try:
         manifest = load_manifest(folder)
     except DataError as error:
         return [str(error)]
-    problems = _tokenizer_problems(folder, manifest)
+    problems = _count_problems(folder, manifest) + _tokenizer_problems(folder, manifest)
     for shard in manifest.shards:
         problems += _shard_problems(folder, manifest, shard, deep)
     listed = {(shard.split, shard.name) for shard in manifest.shards}
     for path in sorted(folder.glob("*/*.tar")):
         if (path.parent.name, path.name) not in listed:
             problems.append(f"{path} is not in the manifest")
+    return problems
+
+
+def _count_problems(folder: Path, manifest: Manifest) -> list[str]:
+    problems = []
+    for split, counts in manifest.counts.items():
+        for name in ("documents", "conversations", "interactions", "tokens"):
+            found, expected = (
+                getattr(counts, name),
+                sum(getattr(shard, name) for shard in manifest.shards_of(split)),
+            )
+            if found != expected:
+                problems.append(
+                    f"{folder / MANIFEST_FILE} counts {found} {name} in {split}, its shards have {expected}"
+                )
     return problems
 
 
@@ -56,19 +75,57 @@ def _tokenizer_problems(folder: Path, manifest: Manifest) -> list[str]:
 
 def _shard_problems(folder: Path, manifest: Manifest, shard: ShardInfo, deep: bool) -> list[str]:
     path = shard.path_in(folder)
-    problems = []
     size = path.stat().st_size if path.is_file() else None
-    if size is None:
-        problems.append(f"{path} is missing")
-    elif size != shard.bytes:
-        problems.append(f"{path} has {size} bytes, the manifest says {shard.bytes}")
     try:
         index = _checked_index(folder, manifest, shard)
     except DataError as error:
-        return [*problems, str(error)]
-    if not deep or not size:
+        index, problems = None, [str(error)]
+    else:
+        problems = []
+    if size is None:
+        return [f"{path} is missing", *problems]
+    if size != shard.bytes:
+        problems.insert(
+            0, f"{path} has {size} bytes, the manifest says {shard.bytes}{_first_lost(index, size)}"
+        )
+    if index is None or not size:
         return problems
-    return problems + _payload_problems(path, shard, index, manifest.vocab_size)
+    problems += _frame_problems(path, index)
+    if deep:
+        problems += _payload_problems(path, shard, index, manifest.vocab_size)
+    return problems
+
+
+def _first_lost(index: ShardIndex | None, size: int) -> str:
+    """Which block is the first that a cut shard of ``size`` bytes lacks, if the index can tell."""
+    if index is None:
+        return ""
+    ends = index.blocks["offset"] + index.blocks["bytes"]
+    lost = np.flatnonzero(ends > size)
+    return f": block {int(lost[0])} and all after it are cut" if len(lost) else ""
+
+
+def _frame_problems(path: Path, index: ShardIndex) -> list[str]:
+    """Of the shard only its ends are read: the first header of the first and of the last block, and the
+    end-of-archive marker."""
+    problems = []
+    last = len(index.blocks) - 1
+    with path.open("rb") as file:
+        for block in sorted({0, last}):
+            file.seek(int(index.blocks["offset"][block]))
+            expected = f"{path.stem[-6:]}_{block:06d}"
+            try:
+                found = block_key(file.read(TAR_BLOCK))
+            except DataError as error:
+                problems.append(f"{path}: block {block}: {error}")
+                continue
+            if found != expected:
+                problems.append(f"{path}: block {block} is called {found}, not {expected}")
+        file.seek(int(index.blocks["offset"][last] + index.blocks["bytes"][last]))
+        tail = file.read(_LONGEST_END + 1)
+    if not _END_OF_ARCHIVE <= len(tail) <= _LONGEST_END or tail.strip(b"\0"):
+        problems.append(f"{path}: the end-of-archive marker is missing")
+    return problems
 
 
 def _checked_index(folder: Path, manifest: Manifest, shard: ShardInfo) -> ShardIndex:
@@ -78,9 +135,13 @@ def _checked_index(folder: Path, manifest: Manifest, shard: ShardInfo) -> ShardI
         raise DataError(f"{path}: sha256 does not match the manifest")
     if index.kind != manifest.kind or index.dtype.name != manifest.dtype:
         raise DataError(f"{path} is an index of {index.kind} in {index.dtype.name}, not of this dataset")
-    found = (len(index.blocks), len(index.document_tokens), int(index.document_tokens.sum(dtype=np.int64)))
-    if found != (shard.blocks, shard.documents, shard.tokens):
-        raise DataError(f"{path}: blocks, documents, tokens are {found}, not those of the manifest")
+    interactions = 0 if index.query_tokens is None else len(index.query_tokens)
+    tokens = int(index.document_tokens.sum(dtype=np.int64))
+    found = (len(index.blocks), len(index.document_tokens), interactions, tokens)
+    if found != (shard.blocks, shard.documents, shard.interactions, shard.tokens):
+        raise DataError(
+            f"{path}: blocks, documents, interactions, tokens are {found}, not those of the manifest"
+        )
     return index
 
 
@@ -109,10 +170,6 @@ def _payload_problems(path: Path, shard: ShardInfo, index: ShardIndex, vocab_siz
                 raise DataError(f"block {number}: lengths are not those of the index")
         except DataError as error:
             problems.append(f"{path}: {error}")
-    last = index.blocks[-1]
-    tail = data[int(last["offset"]) + int(last["bytes"]) :]
-    if len(tail) < _END_OF_ARCHIVE or tail.strip(b"\0"):
-        problems.append(f"{path}: the end-of-archive marker is missing")
     return problems
 
 

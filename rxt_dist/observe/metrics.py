@@ -125,6 +125,11 @@ class TrainMetrics:
             buckets=_WAIT_BUCKETS,
             registry=registry,
         )
+        self._corrupt_blocks = Gauge(
+            "rxt_data_corrupt_blocks",
+            "Damaged blocks of the stage's data that were left out, over all ranks",
+            registry=registry,
+        )
         self._save_seconds = Histogram(
             "rxt_checkpoint_save_seconds",
             "Wall time of a checkpoint",
@@ -211,6 +216,10 @@ class TrainMetrics:
         for name, gauge in self._statistics.items():
             value = statistics.get(name)
             gauge.set(math.nan if value is None else value)
+
+    def record_corrupt_blocks(self, blocks: int) -> None:
+        """Publish how many damaged blocks were left out so far in the stage."""
+        self._corrupt_blocks.set(blocks)
 
     def clear_losses(self) -> None:
         """Forget losses and statistics, at the start of a stage: another one may have other ones."""

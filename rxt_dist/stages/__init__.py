@@ -5,6 +5,7 @@ from __future__ import annotations
 from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.config.run import STAGE_DATA, StageName
 from rxt_dist.data.manifest import Split
+from rxt_dist.data.mixing import MixedPieces
 from rxt_dist.data.pieces import InteractionPieces, TextPieces
 from rxt_dist.data.reader import Dataset
 from rxt_dist.errors import ConfigError
@@ -16,7 +17,7 @@ from rxt_dist.stages.text import TextStageModule
 
 __all__ = ["Pieces", "StageModule", "Term", "TextStageModule", "build_stage", "open_pieces"]
 
-Pieces = TextPieces | InteractionPieces
+Pieces = TextPieces | InteractionPieces | MixedPieces
 
 _MODULES: dict[StageName, type[TextStageModule | MemoryAttentionModule | SmatModule]] = {
     "joint_lm": TextStageModule,
@@ -32,15 +33,22 @@ def build_stage(model: RxTModel, config: RunConfig, stage: StageConfig) -> Stage
 
 
 def open_pieces(config: RunConfig, stage: StageConfig, split: Split) -> Pieces:
-    """Training units of ``split`` in the dataset the stage reads.
+    """Training units of ``split`` in the dataset or datasets the stage reads.
 
-    Raises :class:`ConfigError` when the dataset is not set, DataError when it lacks the split.
+    Raises :class:`ConfigError` when no dataset is set, DataError when one lacks the split.
     """
     kind = STAGE_DATA[stage.name]
-    path = getattr(config.data, kind)
-    if path is None:
+    datasets = config.data.datasets(kind)
+    if not datasets:
         raise ConfigError(f"data.{kind} is not set; stage {stage.name} needs it")
-    dataset = Dataset(path, split)
-    if kind == "text":
-        return TextPieces(dataset, config.model.seq_len)
-    return InteractionPieces(dataset, config.model.seq_len)
+    if stage.uses_lanes and len(datasets) > 1:
+        raise ConfigError(f"data.{kind}: found {len(datasets)} datasets, stage {stage.name} reads only one")
+    pieces_of = TextPieces if kind == "text" else InteractionPieces
+    skip = config.data.on_corrupt == "skip"
+    parts = [
+        pieces_of(Dataset(dataset.path, split, skip_corrupt=skip), config.model.seq_len)
+        for dataset in datasets
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return MixedPieces(parts, [dataset.weight for dataset in datasets])

@@ -10,7 +10,6 @@ import torch
 
 from rxt_dist.checkpoint import CheckpointReader, locate_checkpoint
 from rxt_dist.config import RunConfig, StageConfig, load_config
-from rxt_dist.config.run import STAGE_DATA
 from rxt_dist.data.manifest import Split
 from rxt_dist.data.tokens import load_tokenizer, tokenizer_sha256
 from rxt_dist.errors import ConfigError
@@ -82,9 +81,9 @@ def _memory_stage(config: RunConfig) -> StageConfig:
 def _check_tokenizer(config: RunConfig, stage: StageConfig, checkpoint: Path) -> None:
     """The evaluated dataset must have been tokenised as the run's were."""
     manifests = open_datasets(config.model_copy(update={"stages": [stage]}))
-    folder, manifest = manifests[STAGE_DATA[stage.name]]
-    if manifest.tokenizer_sha256 != tokenizer_sha256(checkpoint):
-        raise ConfigError(
-            f"data.{STAGE_DATA[stage.name]}: {folder} was made with another tokenizer than the run's; "
-            f"shard it again with the tokenizer in {checkpoint}"
-        )
+    for name, (folder, manifest) in manifests.items():
+        if manifest.tokenizer_sha256 != tokenizer_sha256(checkpoint):
+            raise ConfigError(
+                f"data.{name}: {folder} was made with another tokenizer than the run's; "
+                f"shard it again with the tokenizer in {checkpoint}"
+            )

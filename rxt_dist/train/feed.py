@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 import torch
 
-from rxt_dist.checkpoint import CheckpointReader
+from rxt_dist.checkpoint import CheckpointReader, TrainerState
 from rxt_dist.checkpoint.fragments import Fragment
 from rxt_dist.config import RunConfig, SpecialTokens, StageConfig
 from rxt_dist.config.mesh import micro_units
-from rxt_dist.data.lane_loader import LaneLoader, WindowBatch
+from rxt_dist.data.lane_loader import LaneLoader, WindowBatch, WindowStep
 from rxt_dist.data.lanes import LaneState
-from rxt_dist.data.loader import TextLoader
-from rxt_dist.data.order import PackCursor
-from rxt_dist.data.pieces import InteractionPieces, TextPieces
+from rxt_dist.data.loader import TextLoader, TextStep
+from rxt_dist.data.mixing import MixCursor, MixedPieces
+from rxt_dist.data.pieces import BlockId, InteractionPieces
+from rxt_dist.data.prefetch import PrefetchedLoader
+from rxt_dist.errors import CheckpointError, DataError
 from rxt_dist.parallel.bootstrap import World
 from rxt_dist.randomness import derive_key
+from rxt_dist.stages import Pieces
+from rxt_dist.train.corrupt import CorruptBlocks
 
 DataState = dict[str, Any]
+_CORRUPT_BLOCKS = "corrupt_blocks"
+_NEXT_EPOCH = "next_epoch"
 
 logger = logging.getLogger(__name__)
 
@@ -34,22 +39,34 @@ class Step:
 
     batches: Sequence[Any]
     counts: dict[str, int]
-    """Global counts of the step."""
+    """Global counts of the step, without what lies in damaged blocks."""
     state: DataState
     """Data state after the step, plain data."""
     wait_seconds: float
+    corrupt_blocks: int
+    """Damaged blocks that were left out so far in the stage, over all ranks."""
 
 
-class Feed(ABC):
-    """Endless steps of one rank, from a data state on. By default nothing is carried between them."""
+class Feed:
+    """Endless steps of one rank, from a data state on; in the text stages nothing is carried between them."""
 
-    @abstractmethod
+    def __init__(self, loader: PrefetchedLoader[Any], corrupt: CorruptBlocks) -> None:
+        self._loader = loader
+        self._corrupt = corrupt
+
     def next_step(self) -> Step:
-        """The next step; the STM of lanes is changed only by :meth:`carry`."""
+        """The next step; the STM of lanes is changed only by :meth:`carry`. Collective if damaged blocks are
+        skipped."""
+        step: TextStep | WindowStep = next(self._loader)
+        counts = self._corrupt.agree(step.counts, step.lost, step.damage)
+        blocks = self._corrupt.blocks
+        position = step.cursor if isinstance(step, TextStep) else step.state
+        state = {**position.to_dict(), _CORRUPT_BLOCKS: [list(block) for block in blocks]}
+        return Step(step.batches, counts, state, step.wait_seconds, len(blocks))
 
-    @abstractmethod
     def close(self) -> None:
         """Stop the loader's thread."""
+        self._loader.close()
 
     def stm(self, batch: Any) -> torch.Tensor | None:
         """What the lanes of ``batch`` carry, fp32 [L, lanes, S, D]; None in stages without lanes."""
@@ -74,36 +91,17 @@ class Feed(ABC):
         self.close()
 
 
-class TextFeed(Feed):
-    """Packs of the text stages; nothing is carried."""
-
-    def __init__(self, loader: TextLoader) -> None:
-        self._loader = loader
-
-    def next_step(self) -> Step:
-        step = next(self._loader)
-        return Step(step.batches, step.counts, step.cursor.to_dict(), step.wait_seconds)
-
-    def close(self) -> None:
-        self._loader.close()
-
-
 class LaneFeed(Feed):
     """Windows of conversation lanes; each of this rank's lanes carries its STM from window to window."""
 
-    def __init__(self, loader: LaneLoader, first_lane: int, stm: torch.Tensor) -> None:
+    def __init__(
+        self, loader: LaneLoader, corrupt: CorruptBlocks, first_lane: int, stm: torch.Tensor
+    ) -> None:
         """``stm`` fp32 [L, lanes of this rank, S, D]; its values matter only after :meth:`restore`, because
         a conversation starts from a fresh one."""
-        self._loader = loader
+        super().__init__(loader, corrupt)
         self._first_lane = first_lane
         self._stm = stm
-
-    def next_step(self) -> Step:
-        step = next(self._loader)
-        return Step(step.batches, step.counts, step.state.to_dict(), step.wait_seconds)
-
-    def close(self) -> None:
-        self._loader.close()
 
     def stm(self, batch: WindowBatch) -> torch.Tensor:
         return self._stm[:, self._columns(batch)]
@@ -141,18 +139,27 @@ def open_feed(
     config: RunConfig,
     stage: StageConfig,
     stage_index: int,
-    source: TextPieces | InteractionPieces,
+    source: Pieces,
     world: World,
     state: DataState | None,
 ) -> Feed:
-    """The feed of a stage on this rank; ``state`` None starts at its beginning."""
+    """The feed of a stage on this rank; ``state`` None starts at its beginning. Collective.
+
+    Raises:
+        DataError: the state does not fit the data.
+    """
     special = config.model.special_tokens
     assert isinstance(special, SpecialTokens)
     key = derive_key(config.seed, "stage", stage.name, stage_index)
     micro = micro_units(config, stage, world.size)
     prefetch, pin = config.runtime.data_prefetch_steps, world.device.type == "cuda"
+    state = dict(state or {})
+    blocks = _corrupt_blocks(state.pop(_CORRUPT_BLOCKS, []))
+    source.lose(blocks)
+    skip, limit = config.data.on_corrupt == "skip", config.data.max_corrupt_blocks
+    corrupt = CorruptBlocks(skip=skip, limit=limit, known=blocks)
     if not stage.uses_lanes:
-        return TextFeed(
+        return Feed(
             TextLoader(
                 source,
                 key=key,
@@ -163,10 +170,11 @@ def open_feed(
                 dp_size=world.size,
                 masking_probability=stage.masking_probability,
                 mask_id=special.mask,
-                cursor=None if state is None else PackCursor.from_dict(state),
+                cursor=_cursor(source, state),
                 prefetch_steps=prefetch,
                 pin_memory=pin,
-            )
+            ),
+            corrupt,
         )
     assert isinstance(source, InteractionPieces)
     assert config.batch.lanes is not None
@@ -185,12 +193,56 @@ def open_feed(
         stm_size=model.stm_size,
         look_back=stage.name == "smat",
         system_prompts=stage.system_prompts,
-        state=None if state is None else LaneState.from_dict(state),
+        state=_lane_state(config.batch.lanes, state),
         prefetch_steps=prefetch,
         pin_memory=pin,
     )
     shape = (model.decoder.num_layers, share, model.stm_size, model.embed_dim)
-    return LaneFeed(loader, world.rank * share, torch.zeros(shape, device=world.device))
+    return LaneFeed(loader, corrupt, world.rank * share, torch.zeros(shape, device=world.device))
+
+
+def resumed_data_state(state: TrainerState, fingerprint: str, *, accept_changed: bool) -> DataState:
+    """Where a stage that is resumed goes on in its data: at the position in ``state``, or, where the data now
+    has another ``fingerprint``, at the beginning of an epoch that was not begun.
+
+    Raises:
+        CheckpointError: the data has changed and that is not accepted.
+    """
+    if state.fingerprint == fingerprint:
+        return state.data_state
+    found = (
+        f"the dataset of stage {state.stage_name} has fingerprint {fingerprint[:12]}; the checkpoint was "
+        f"made with {state.fingerprint[:12]}"
+    )
+    if not accept_changed:
+        raise CheckpointError(
+            f"{found}: give the dataset the run was started with, or set data.accept_changed to go on with "
+            "this one at its next epoch"
+        )
+    logger.warning("%s: going on with this one at its next epoch", found)
+    places = state.data_state.get("datasets", [state.data_state])
+    return {_NEXT_EPOCH: 1 + max(place["epoch"] for place in places)}
+
+
+def _cursor(source: Pieces, state: DataState) -> MixCursor | None:
+    if _NEXT_EPOCH in state:
+        parts = len(source.parts) if isinstance(source, MixedPieces) else 1
+        return MixCursor.initial(parts, state[_NEXT_EPOCH])
+    return MixCursor.from_dict(state) if state else None
+
+
+def _lane_state(lanes: int, state: DataState) -> LaneState | None:
+    if _NEXT_EPOCH in state:
+        return replace(LaneState.initial(lanes), epoch=state[_NEXT_EPOCH])
+    return LaneState.from_dict(state) if state else None
+
+
+def _corrupt_blocks(value: Any) -> list[BlockId]:
+    """Raises DataError if the entry of the data state is not a list of pairs."""
+    pairs = value if isinstance(value, list) else [value]
+    if not all(isinstance(p, list) and len(p) == 2 and all(type(n) is int for n in p) for p in pairs):
+        raise DataError(f"data state: found corrupt_blocks {value!r}, valid is a list of [dataset, block]")
+    return [(dataset, block) for dataset, block in pairs]
 
 
 def _report_prompts(source: InteractionPieces, stage: StageConfig) -> None:

@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace, world: World) -> None:
         raise ConfigError("--resume and --init-from exclude each other: a resumed run has its own weights")
     manifests = open_datasets(config)
     config = resolve(config, manifests)
-    check_splits(manifests)
+    check_splits(manifests, skip_corrupt=config.data.on_corrupt == "skip")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     set_attention_backend(config.runtime.attention_backend, world.device, dtype)
     tokenizer_folder = next(iter(manifests.values()))[0] / "tokenizer"

@@ -16,6 +16,7 @@ from typing import Any
 from rxt_dist.config import RunConfig, load_config, save_resolved
 from rxt_dist.data.tokens import TOKENIZER_FILE
 from rxt_dist.errors import CheckpointError, ConfigError
+from rxt_dist.observe.metrics_file import EVALUATION_FILE, read_metrics
 
 CONFIG_FILE = "config.yaml"
 
@@ -51,6 +52,17 @@ def write_config(config: RunConfig) -> None:
     temporary = file.with_name(f"{CONFIG_FILE}.tmp")
     save_resolved(config, temporary)
     temporary.replace(file)
+
+
+def text_files(folder: Path) -> dict[str, str]:
+    """Name and content of the files that every checkpoint of the run repeats."""
+    return {name: (folder / name).read_text(encoding="utf-8") for name in (CONFIG_FILE, TOKENIZER_FILE)}
+
+
+def has_evaluation(folder: Path, **place: int | str) -> bool:
+    """Whether ``eval.jsonl`` has a record with these values."""
+    records = read_metrics(folder / EVALUATION_FILE)
+    return any(all(record.get(key) == value for key, value in place.items()) for record in records)
 
 
 def check_continuation(config: RunConfig, stage_index: int | None) -> None:

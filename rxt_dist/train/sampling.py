@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -30,7 +31,8 @@ def sample_continuations(
     Greedy at temperature 0. A continuation ends at [EOS], after ``settings.sample_tokens`` tokens or
     at ``seq_len``. Empty when the stage has no decoder. No collective operation.
     """
-    pieces = [source.read(index) for index in range(min(settings.samples, len(source.lengths)))]
+    first = np.arange(min(settings.samples, len(source.lengths)))
+    pieces = [source.read(index) for index in first[~source.lost(first)].tolist()]
     lengths = [
         piece.first_target if piece.first_target > 1 else min(_PROMPT_TOKENS, len(piece.tokens) // 2)
         for piece in pieces

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +15,10 @@ from tokenizers import Tokenizer
 
 from rxt_dist.checkpoint import CheckpointReader, TrainerState, save_checkpoint
 from rxt_dist.config import RunConfig, StageConfig, deepspeed_config, stage_optimizer
-from rxt_dist.data.tokens import TOKENIZER_FILE
-from rxt_dist.errors import CheckpointError, TrainingError
+from rxt_dist.errors import TrainingError
 from rxt_dist.interchange.native import NativeReader
 from rxt_dist.model import build_model
 from rxt_dist.observe.metrics import TrainState
-from rxt_dist.observe.metrics_file import EVALUATION_FILE, read_metrics
 from rxt_dist.parallel.bootstrap import World
 from rxt_dist.parallel.mesh import Mesh
 from rxt_dist.parallel.parallelize import parallelize
@@ -29,9 +26,9 @@ from rxt_dist.stages import Pieces, build_stage, open_pieces
 from rxt_dist.train.callbacks import Callback
 from rxt_dist.train.engine import StageEngine
 from rxt_dist.train.evaluation import evaluate_stage
-from rxt_dist.train.feed import DataState, Feed, Step, open_feed
+from rxt_dist.train.feed import DataState, Feed, Step, open_feed, resumed_data_state
 from rxt_dist.train.meter import Meter
-from rxt_dist.train.run_dir import CONFIG_FILE
+from rxt_dist.train.run_dir import has_evaluation, text_files
 from rxt_dist.train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -103,7 +100,7 @@ class Trainer:
             if not finished:
                 self._callbacks.on_stage_start(stage, position.step, position.stage_step)
                 self._callbacks.on_state(TrainState.TRAINING)
-                index, state = position.stage_index, position.data_state
+                index, state = position.stage_index, self._position.data_state
                 with open_feed(config, stage, index, source, self._world, state) as feed:
                     if resumed is not None:
                         feed.restore(resumed)
@@ -118,11 +115,10 @@ class Trainer:
         resumed, self._resumed = self._resumed, None
         if resumed is None or resumed.state.stage_index != self._position.stage_index:
             return None
-        if resumed.state.fingerprint != fingerprint:
-            raise CheckpointError(
-                f"the dataset of stage {stage.name} has fingerprint {fingerprint[:12]}; the checkpoint was "
-                f"made with {resumed.state.fingerprint[:12]}: give the dataset the run was started with"
-            )
+        state = resumed_data_state(
+            resumed.state, fingerprint, accept_changed=self._config.data.accept_changed
+        )
+        self._position = replace(self._position, data_state=state)
         return resumed
 
     def _build_engine(self, stage: StageConfig, resumed: CheckpointReader | None) -> StageEngine:
@@ -169,8 +165,12 @@ class Trainer:
             if logs or saves:
                 values = self._global_values(engine, metrics)
                 if logs:
-                    observed = engine.module.observations(data.counts)
-                    self._log(engine, stage, {**values, **observed}, rates, meter, tokens)
+                    figures = {
+                        **values,
+                        **engine.module.observations(data.counts),
+                        "corrupt_blocks": data.corrupt_blocks,
+                    }
+                    self._log(engine, stage, figures, rates, meter, tokens)
                 self._check_finite(stage, values["loss"])
             self._callbacks.on_step(step, tokens, time.perf_counter() - started, data.wait_seconds)
             if saves:
@@ -255,7 +255,7 @@ class Trainer:
             run_dir,
             state,
             {**engine.owned_fragments(), **feed.fragments()},
-            text_files=_texts(run_dir, (CONFIG_FILE, TOKENIZER_FILE)),
+            text_files=text_files(run_dir) if self._world.is_main else {},
             keep_last=self._config.checkpoint.keep_last,
         )
         # The next stage starts from what was written, exactly as a resumed run would.
@@ -288,19 +288,12 @@ class Trainer:
         """Whether rank 0 has the evaluation of this stage's end on file; the same answer on all ranks."""
         answer = [False]
         if self._world.is_main:
-            records = read_metrics(self._config.runtime.run_dir / EVALUATION_FILE)
-            ours = {
-                "step": self._position.step,
-                "stage": stage.name,
-                "stage_index": self._position.stage_index,
-            }
-            answer[0] = any(all(record.get(k) == v for k, v in ours.items()) for record in records)
+            position = self._position
+            answer[0] = has_evaluation(
+                self._config.runtime.run_dir,
+                step=position.step,
+                stage=stage.name,
+                stage_index=position.stage_index,
+            )
         dist.broadcast_object_list(answer, src=0)
         return answer[0]
-
-
-def _texts(folder: Path, names: tuple[str, ...]) -> Mapping[str, str]:
-    """Content of the run's text files, on rank 0."""
-    return (
-        {name: (folder / name).read_text(encoding="utf-8") for name in names} if dist.get_rank() == 0 else {}
-    )

@@ -12,7 +12,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_both_directions_are_measured(tmp_path: Path, dtype: str) -> None:
     command = [sys.executable, "benchmarks/interchange.py", "--model", "micro", "--vocab-size", "60000"]
     result = subprocess.run(

@@ -112,7 +112,7 @@ def test_stm_scale_default() -> None:
         ("stages", [], "stages: found []; must have at least 1 items"),
         ("stages.0.steps", 0, "stages.0.steps: found 0; must be greater than or equal to 1"),
         ("stages.0.masking_probability", 1.0, "stages.0.masking_probability: found 1.0; must be less than 1"),
-        ("data.text", 3, "data.text: found 3; must be a path (text)"),
+        ("data.text", 3, "data.text: found 3; must be a path (text) or a list"),
     ],
 )
 def test_bad_values(tiny: dict[str, Any], path: str, value: Any, expected: str) -> None:

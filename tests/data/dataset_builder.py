@@ -123,5 +123,11 @@ class ArrayPieces:
         parts = [1000 * p + np.arange(self.lengths[p]) for p in pieces.tolist()]
         return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
 
+    def lost(self, pieces: np.ndarray) -> np.ndarray:
+        return np.zeros(len(pieces), dtype=np.bool_)
+
+    def damage(self) -> dict:
+        return {}
+
     def read(self, piece: int) -> Piece:
         return Piece(self.read_tokens(np.array([piece])), int(self.lengths[piece] - self.supervised[piece]))

@@ -53,7 +53,7 @@ def make(kind: str, lengths: list[int]) -> list[Block]:
     kind=st.sampled_from(["text", "conversations"]),
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
     documents=st.integers(1, 6),
-    size=st.integers(2, 120),
+    size=st.integers(1, 60).map(lambda half: 2 * half),
     data=st.data(),
 )
 def test_blocks_follow_the_rule_however_documents_are_grouped(
@@ -92,3 +92,9 @@ def test_selecting_and_slicing_keep_documents_whole(kind: str) -> None:
         for stop in range(start + 1, 9):
             part = slice_documents(joined, start, stop)
             assert encode_block(part) == encode_block(join_blocks(singles[start:stop]))
+
+
+def test_a_block_may_be_exactly_full() -> None:
+    cutter = BlockCutter(documents=5, size=4)
+    found = [*cutter.add(join_blocks(make("text", [1, 1, 1, 2, 1]))), *cutter.finish()]
+    assert [block.num_documents for block in found] == [2, 1, 1, 1]

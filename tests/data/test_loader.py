@@ -9,7 +9,7 @@ import torch
 from dataset_builder import MASK, ArrayPieces, document, random_conversations, write_dataset
 
 from rxt_dist.data.loader import TextLoader, evaluation_batches
-from rxt_dist.data.order import PackCursor
+from rxt_dist.data.mixing import MixCursor
 from rxt_dist.data.pieces import InteractionPieces, TextPieces
 from rxt_dist.data.prefetch import Prefetcher
 from rxt_dist.data.reader import Dataset
@@ -101,7 +101,7 @@ def test_the_global_step_is_the_same_on_every_layout(sources, kind, dp_size, mic
 def test_resume_at_another_layout_continues_the_same_sequence(sources, dp_size, micro_packs, done):
     expected = global_steps(sources["text"], 7)
     first = global_steps(sources["text"], done, dp_size=2)
-    cursor = PackCursor.from_dict(first[-1][3].to_dict())
+    cursor = MixCursor.from_dict(first[-1][3].to_dict())
     rest = global_steps(sources["text"], 7 - done, dp_size=dp_size, micro_packs=micro_packs, cursor=cursor)
     assert first + rest == expected
 

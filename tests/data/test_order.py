@@ -1,12 +1,17 @@
 import json
+import math
+import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rxt_dist.data.order import PackCursor, PackStream, epoch_permutation, packs_in_index_order
+from rxt_dist.data import order as order_module
+from rxt_dist.data.order import PackCursor, PackStream, epoch_permutation, packs_in_index_order, permuted
 from rxt_dist.errors import DataError
+from rxt_dist.randomness import derive_key
 
 lengths_strategy = st.lists(st.integers(1, 20), min_size=1, max_size=60)
 
@@ -20,6 +25,7 @@ def take(stream, cursor, count):
     return packs, cursors
 
 
+@settings(deadline=None)
 @given(lengths_strategy, st.integers(20, 200), st.integers(0, 2**64 - 1))
 def test_every_piece_occurs_exactly_once_in_every_epoch_and_packs_are_next_fit(lengths, budget, key):
     stream = PackStream(lengths, key=key, pack_tokens=budget)
@@ -37,6 +43,7 @@ def test_every_piece_occurs_exactly_once_in_every_epoch_and_packs_are_next_fit(l
         assert size + lengths[following.pieces[0]] > budget
 
 
+@settings(deadline=None)
 @given(lengths_strategy, st.integers(20, 100), st.integers(0, 12))
 def test_restart_from_any_cursor_continues_identically(lengths, budget, steps):
     packs, cursors = take(PackStream(lengths, key=7, pack_tokens=budget), PackCursor(), steps + 8)
@@ -120,3 +127,73 @@ def test_index_order_packs_cover_everything_once(lengths, budget):
     assert np.concatenate([p.pieces for p in packs]).tolist() == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in p.pieces) <= budget for p in packs)
     assert not any(p.epochs.any() for p in packs)
+
+
+# --- the permutation that is never held -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 63, 64, 65, 100, 1000, 4096, 4097, 70_001])
+def test_it_is_a_permutation_wherever_it_is_looked_at(count):
+    whole = permuted(11, np.arange(count), count)
+    assert sorted(whole.tolist()) == list(range(count))
+    places = np.random.default_rng(0).integers(0, count, 50)
+    assert permuted(11, places, count).tolist() == whole[places].tolist()
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_all_orders_are_equally_likely(count):
+    draws, orders = 6000, math.factorial(count)
+    found = Counter(tuple(permuted(derive_key(k), np.arange(count), count).tolist()) for k in range(draws))
+    expected = draws / orders
+    chi = sum((found[o] - expected) ** 2 / expected for o in found) + (orders - len(found)) * expected
+    assert abs(chi - (orders - 1)) < 4 * math.sqrt(2 * (orders - 1))
+
+
+@pytest.mark.parametrize("count", [1000, 65_536, 100_003])
+def test_it_shuffles_as_well_as_a_shuffled_array(count):
+    places = np.arange(count)
+    whole = permuted(5, places, count)
+    tolerance = 4 / math.sqrt(count)  # four standard deviations, roughly
+    assert abs(np.abs(whole - places).mean() / count - 1 / 3) < tolerance
+    assert abs(np.corrcoef(whole, places)[0, 1]) < tolerance
+    assert abs(np.corrcoef(whole[1:], whole[:-1])[0, 1]) < tolerance
+    assert abs(np.corrcoef(whole, permuted(6, places, count))[0, 1]) < tolerance
+    assert np.count_nonzero(np.diff(whole) == 1) < 10  # one is expected
+    # Every tenth of the epoch has as much of every tenth of the dataset.
+    table = np.histogram2d(places, whole, bins=10)[0]
+    assert ((table - count / 100) ** 2 / (count / 100)).sum() < 81 + 5 * math.sqrt(2 * 81)
+
+
+def test_the_shuffle_is_the_published_one():
+    # A change here silently changes every resumed run.
+    assert permuted(123, np.arange(8), 8).tolist() == [5, 1, 3, 7, 6, 2, 0, 4]
+    assert permuted(123, np.arange(5), 1_000_003).tolist() == [94705, 738959, 601366, 470307, 942265]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 9), st.integers(12, 60))
+def test_the_parts_in_which_it_is_planned_do_not_show(part, budget):
+    lengths = np.random.default_rng(part).integers(1, 12, 40)
+
+    def packs():
+        return take(PackStream(lengths, key=4, pack_tokens=budget), PackCursor(), 60)
+
+    expected = packs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order_module, "_PART_PIECES", part)
+        assert packs() == expected
+
+
+def test_an_epoch_of_many_pieces_is_planned_in_little_memory():
+    count = 100_000_000
+    lengths = np.broadcast_to(np.int32(700), count)
+    middle = PackCursor(3, count // 2)
+    tracemalloc.start()
+    stream = PackStream(lengths, key=1, pack_tokens=2048)
+    packs, cursors = take(stream, middle, 40_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert cursors[-1] == PackCursor(3, count // 2 + 2 * 40_000)
+    pieces = [piece for pack in packs for _, piece in pack]
+    assert len(set(pieces)) == len(pieces)
+    assert peak < 150_000_000  # 80,000 pairs of Python integers are most of it; an array would be 800 MB

@@ -1,5 +1,8 @@
+import gc
+import hashlib
 import logging
 import re
+import resource
 import threading
 
 import numpy as np
@@ -19,6 +22,7 @@ from hypothesis import strategies as st
 
 from rxt_dist.data import reader as reader_module
 from rxt_dist.data.format import ShardIndex
+from rxt_dist.data.manifest import fingerprint_of, load_manifest, write_manifest
 from rxt_dist.data.pieces import InteractionPieces, TextPieces, longest_first
 from rxt_dist.data.reader import Dataset
 from rxt_dist.errors import DataError
@@ -107,6 +111,27 @@ def test_few_open_shards_suffice(text_folder, documents, monkeypatch):
     source = TextPieces(dataset, 64)
     expected = np.concatenate([documents[i] for i in (29, 3, 11)])
     assert source.read_tokens(np.array([29, 3, 11])).tolist() == expected.tolist()
+
+
+def test_a_read_over_many_shards_needs_few_files(tmp_path, monkeypatch):
+    items = random_conversations(60, seed=2)
+    folder = write_dataset(tmp_path, "conversations", items, documents_per_shard=1)
+    source = InteractionPieces(Dataset(folder, "train"), 64)
+    everything = np.random.default_rng(0).permutation(len(source.lengths))
+    tokens, marks = source.read_tokens(everything), source.read_marks(everything)
+    monkeypatch.setattr(reader_module, "_OPEN_SHARDS", 4)
+    fresh = InteractionPieces(Dataset(folder, "train"), 64)
+    del source
+    gc.collect()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with (folder / "manifest.json").open() as probe:
+        lowest_free = probe.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 20, limits[1]))
+    try:
+        assert fresh.read_tokens(everything).tolist() == tokens.tolist()
+        assert fresh.read_marks(everything).tolist() == marks.tolist()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_threads_read_the_same(text_folder, documents):
@@ -219,7 +244,7 @@ def test_index_of_another_shard(tmp_path):
     folder = write_dataset(tmp_path, "text", [document(20, seed=i) for i in range(10)], documents_per_shard=6)
     first, second = (folder / "train" / f"rxt-train-{n:06d}.idx" for n in (0, 1))
     first.write_bytes(second.read_bytes())
-    with pytest.raises(DataError, match=r"rxt-train-000000\.idx does not belong to this dataset"):
+    with pytest.raises(DataError, match=r"rxt-train-000000\.idx is damaged: its sha256 is not that of the"):
         Dataset(folder, "train")
 
 
@@ -227,6 +252,12 @@ def rewrite_index(path, **arrays):
     index = ShardIndex.read(path)
     values = {name: arrays.get(name, getattr(index, name)) for name in index.__dataclass_fields__}
     ShardIndex(**values).write(path)
+    folder = path.parent.parent
+    manifest = load_manifest(folder)
+    changed = {"idx_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    shards = [s.model_copy(update=changed) if s.name[:-4] == path.stem else s for s in manifest.shards]
+    manifest = manifest.model_copy(update={"shards": shards})
+    write_manifest(folder, manifest.model_copy(update={"fingerprint": fingerprint_of(manifest)}))
 
 
 def test_lengths_that_differ_from_the_index_are_refused(tmp_path):

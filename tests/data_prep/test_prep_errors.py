@@ -121,7 +121,7 @@ def test_bad_records_in_a_worker_process(run: Run, tokenizer_folder: Path, tmp_p
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("in.csv", b"a,b", "unknown extension; known are .txt .jsonl"),
+        ("in.csv", b"a,b", r"unknown extension; known are \.txt \.txt\.gz"),
         ("in.jsonl", b"", "the corpus is empty"),
         ("in.jsonl", b"\n \n", "the corpus is empty"),
         ("in.txt", b"", "the corpus is empty"),
@@ -166,6 +166,7 @@ def source(tmp_path: Path) -> Path:
         ("--val-fraction", -0.1, "--val-fraction is -0.1"),
         ("--val-fraction", "nan", "--val-fraction is nan"),
         ("--max-tokens", 7, "--max-tokens is 7; it must be at least 8"),
+        ("--split-documents", 7, "--split-documents is 7; it must be at least 8"),
         ("--shard-bytes", 100, "--shard-bytes is 100; it must be at least 10240"),
         ("--block-documents", 0, "--block-documents is 0; it must be at least 1"),
         ("--workers", "two", "invalid int value: 'two'"),
@@ -176,6 +177,16 @@ def test_bad_options(
 ) -> None:
     result = run(*shard_command("text", source, tokenizer_folder, tmp_path / "out", option, value))
     assert_refused(result, message, tmp_path, {"in.jsonl"})
+
+
+def test_split_documents_excludes_max_tokens_and_conversations(
+    run: Run, tokenizer_folder: Path, source: Path, tmp_path: Path
+) -> None:
+    both = ("--split-documents", 16, "--max-tokens", 16)
+    result = run(*shard_command("text", source, tokenizer_folder, tmp_path / "out", *both))
+    assert_refused(result, "--split-documents and --max-tokens exclude each other", tmp_path, {"in.jsonl"})
+    result = run(*shard_command("conversations", source, tokenizer_folder, tmp_path / "out", *both[:2]))
+    assert_refused(result, "--split-documents is for text", tmp_path, {"in.jsonl"})
 
 
 def test_a_folder_without_a_tokenizer(run: Run, source: Path, tmp_path: Path) -> None:
@@ -216,25 +227,10 @@ def test_a_missing_package_is_named(
     assert_refused(result, rf"needs {package}: pip install rxt-dist\[prep\]", tmp_path, {name})
 
 
-def test_any_failure_leaves_nothing(
-    tokenizer_folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(shard, "write_manifest", fail)
-    options = shard.ShardOptions(
-        kind="text", inputs=[source], tokenizer=tokenizer_folder, output=tmp_path / "out"
-    )
-    with pytest.raises(KeyboardInterrupt):
-        shard.build_dataset(options)
-    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
-
-
 def test_a_dead_worker_is_reported(
     tokenizer_folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard, "encode_in_worker", exit_worker)
+    monkeypatch.setattr(shard, "write_part_in_worker", exit_worker)
     options = shard.ShardOptions(
         kind="text", inputs=[source], tokenizer=tokenizer_folder, output=tmp_path / "out", workers=2
     )
@@ -243,7 +239,7 @@ def test_a_dead_worker_is_reported(
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def exit_worker(_: object) -> None:
+def exit_worker(*_: object) -> None:
     import os
 
     os._exit(9)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import webdataset
-import zstandard
 from prep_corpus import CONVERSATIONS, STORIES, write_jsonl
 
 from data_prep.encode import truncated_lengths
-from data_prep.inputs import read_chunks
+from data_prep.inputs import InputReader
 from data_prep.shard import ShardOptions, build_dataset
+from data_prep.sources import resolve_inputs
 from rxt_dist.data.format import ConversationTokens, ShardIndex, read_block
 from rxt_dist.data.manifest import Manifest, load_manifest
 from rxt_dist.data.tokens import load_tokenizer
@@ -207,6 +205,51 @@ def test_long_documents_are_truncated_and_counted(tokenizer_folder: Path, tmp_pa
     assert (manifest.counts["train"].truncated, manifest.max_tokens) == (1, 16)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_long_documents_are_split_without_losing_a_token(
+    tokenizer_folder: Path, tmp_path: Path, workers: int
+) -> None:
+    """14 tokens of text a piece: below, at and above the limits of one and of two pieces, and many."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    texts = ["0" * n for n in (1, 13, 14, 15, 28, 29, 500)]
+    expected = [tokenizer.encode(text).ids for text in texts]
+    pieces = [ids[start : start + 14] for ids in expected for start in range(0, len(ids), 14)]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    options = {"val_fraction": 0.0, "split_documents": 16, "workers": workers}
+    manifest = build("text", source, tokenizer_folder, tmp_path / "d", **options)
+    found = [ids.tolist() for ids in documents(tmp_path / "d", "train")]
+    assert found == [[BOS, *piece, EOS] for piece in pieces]
+    counts = manifest.counts["train"]
+    long = [ids for ids in expected if len(ids) > 14]
+    assert 1 < len(long) < len(expected)
+    assert (counts.documents, counts.truncated) == (len(pieces), 0)
+    assert counts.split == sum(-(-len(ids) // 14) for ids in long)
+    assert manifest.split_documents == 16
+
+
+def test_pieces_are_held_out_one_by_one(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """One long document fills both splits; nothing of it is lost or repeated, with any number of workers."""
+    text = " ".join(str(number) for number in range(3000))
+    records = [{"id": "book", "text": text}, *({"text": f"short {i}"} for i in range(300))]
+    source = write_jsonl(tmp_path / "a.jsonl", records)
+    options = {"val_fraction": 0.25, "split_documents": 32}
+    manifest = build("text", source, tokenizer_folder, tmp_path / "d", **options)
+    build("text", source, tokenizer_folder, tmp_path / "e", workers=2, **options)
+    assert files(tmp_path / "d") == files(tmp_path / "e")
+    ids = load_tokenizer(tokenizer_folder).encode(text).ids
+    pieces = sorted(tuple(ids[start : start + 30]) for start in range(0, len(ids), 30))
+    found = {
+        split: [tuple(d[1:-1].tolist()) for d in documents(tmp_path / "d", split)]
+        for split in ("train", "val")
+    }
+    wanted = set(pieces)
+    assert sorted(p for part in found.values() for p in part if p in wanted) == pieces
+    held_out = sum(piece in wanted for piece in found["val"])
+    assert 0.15 * len(pieces) < held_out < 0.35 * len(pieces)
+    assert manifest.counts["val"].split == held_out
+    assert manifest.counts["train"].split == len(pieces) - held_out
+
+
 def test_long_interactions_are_truncated_from_the_longer_side(tokenizer_folder: Path, tmp_path: Path) -> None:
     long = "0123456789" * 5  # digits were never merged much: many tokens
     record = {
@@ -259,6 +302,7 @@ def test_marks_become_token_marks(tokenizer_folder: Path, tmp_path: Path) -> Non
     assert marked.marks is not None
     assert not marked.marks[0].any()
     tokens, marks = marked.segments[1], marked.marks[1]
+    assert tokenizer.decode(tokens[1:-1].tolist()) == answer
     assert tokenizer.decode([int(t) for t, m in zip(tokens, marks, strict=True) if m == 2]).strip() == "fox"
     assert (
         tokenizer.decode([int(t) for t, m in zip(tokens, marks, strict=True) if m == 255]).strip() == "Käse"
@@ -278,24 +322,6 @@ def test_marks_survive_truncation_of_their_answer(tokenizer_folder: Path, tmp_pa
     tokenizer = load_tokenizer(tokenizer_folder)
     marked = [int(t) for t, m in zip(found.segments[1], found.marks[1], strict=True) if m]
     assert tokenizer.decode(marked).strip() == "fox"
-
-
-def test_all_input_formats_give_the_same_documents(tokenizer_folder: Path, tmp_path: Path) -> None:
-    texts = ["first\ndocument", "second é", "third"]
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines + b"\n\n")
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines[:30]) + gzip.compress(lines[30:]))
-    frames = [zstandard.compress(lines[:30]), zstandard.compress(lines[30:].removesuffix(b"\n"))]
-    (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": texts, "id": [None] * 3, "other": [1, 2, 3]}), tmp_path / "d.parquet"
-    )
-    (tmp_path / "e.txt").write_bytes(
-        "first\ndocument\n<|endoftext|>\nsecond é\r\n<|endoftext|>  \nthird".encode()
-    )
-    for path in sorted(tmp_path.iterdir()):
-        build("text", path, tokenizer_folder, tmp_path / "out" / path.name, val_fraction=0.0)
-        assert decoded_texts(tmp_path / "out" / path.name) == texts, path.name
 
 
 def test_conversations_from_parquet(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -321,19 +347,10 @@ def test_a_text_file_without_separators_is_one_document(tokenizer_folder: Path, 
 def test_inputs_are_streamed(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     write_jsonl(path, [{"text": "x" * 10_000}] * 1000)
-    chunks = read_chunks([path])
-    assert sum(len(record.content) for record in next(chunks).records) < 1.1 * 2**20
-    assert sum(len(chunk.records) for chunk in chunks) > 800
-
-
-def test_a_leftover_of_a_killed_run_is_replaced(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    leftover = tmp_path / ".d.incomplete" / "train"
-    leftover.mkdir(parents=True)
-    (leftover / "rxt-train-000099.tar").write_text("half")
-    (tmp_path / "d").mkdir()  # an empty output folder is fine
-    build("text", corpus / "stories.jsonl", tokenizer_folder, tmp_path / "d")
-    assert [path.name for path in tmp_path.iterdir()] == ["d"]
-    assert not (tmp_path / "d" / "train" / "rxt-train-000099.tar").exists()
+    chunks = InputReader(resolve_inputs([path]), tmp_path).chunks()
+    first, _ = next(chunks)
+    assert first.size < 1.1 * 2**20
+    assert sum(len(chunk.records) for chunk, _ in chunks) > 800
 
 
 def test_the_manifest_describes_the_sources(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -366,41 +383,3 @@ def test_the_command_line_from_end_to_end(
     assert train["conversations"] + val["conversations"] == len(CONVERSATIONS)
     assert train["percentiles"]["interactions_per_conversation"]["p100"] == 4
     assert fingerprint in run("stats", tmp_path / "d")[1]
-
-
-def test_a_killed_run_leaves_no_process_and_a_rerun_is_identical(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
-    source = write_jsonl(
-        tmp_path / "a.jsonl", [{"text": f"the fox and the hen {i} " * 40} for i in range(20_000)]
-    )
-    arguments = [
-        "--input",
-        source,
-        "--tokenizer",
-        tokenizer_folder,
-        "--workers",
-        2,
-        "--output",
-        tmp_path / "d",
-    ]
-    command = [sys.executable, "-m", "data_prep", "shard", "text", *map(str, arguments)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
-    wait_for((tmp_path / ".d.incomplete" / "train").is_dir)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
-    process.wait()
-    assert len(children) >= 2
-    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
-    assert not (tmp_path / "d").exists()
-    build("text", source, tokenizer_folder, tmp_path / "d", workers=2)
-    build("text", source, tokenizer_folder, tmp_path / "e")
-    assert files(tmp_path / "d") == files(tmp_path / "e")
-    assert not (tmp_path / ".d.incomplete").exists()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)

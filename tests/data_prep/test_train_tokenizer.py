@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.records import TextRecord, sample_key
 from data_prep.train_tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from rxt_dist.data.tokens import SPECIAL_TOKENS, load_tokenizer, special_ids, tokenizer_sha256
 from rxt_dist.errors import DataError
@@ -51,7 +52,7 @@ def test_every_byte_has_a_token(tmp_path: Path) -> None:
 
 
 def test_training_is_deterministic(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    inputs = [corpus / "stories.jsonl", corpus / "conversations.jsonl"]
+    inputs = [corpus / name for name in ("stories.jsonl", "conversations.jsonl")]
     train_tokenizer(inputs, 400, tmp_path / "again")
     assert tokenizer_sha256(tmp_path / "again") == tokenizer_sha256(tokenizer_folder)
     assert [path.name for path in (tmp_path / "again").iterdir()] == ["tokenizer.json"]
@@ -103,3 +104,39 @@ def test_loading_refuses_what_is_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_sample_is_the_same_for_every_order(run: Run, tmp_path: Path) -> None:
+    """Words that occur in one record each: the vocabulary shows which records were drawn."""
+    words = [f"{a}{b}{a}{b}" for a in "abcdefghij" for b in "klmnopqrst"]
+    lines = [f'{{"text": "{word} {word} {word}"}}\n' for word in words]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    (tmp_path / "b.jsonl").write_text("".join(reversed(lines)))
+
+    def drawn(name: str, *options: object) -> set[str]:
+        output = tmp_path / f"{name}-{options}"
+        inputs = ("--input", tmp_path / name)
+        assert run("tokenizer", *inputs, "--vocab-size", 5000, "--output", output, *options)[0] == 0
+        vocabulary = load_tokenizer(output).get_vocab()
+        return {word for word in words if word in vocabulary}
+
+    assert drawn("a.jsonl") == set(words)
+    few = drawn("a.jsonl", "--sample-documents", 20)
+    assert len(few) == 20
+    assert drawn("b.jsonl", "--sample-documents", 20) == few
+    assert few < drawn("a.jsonl", "--sample-documents", 50)
+    assert drawn("a.jsonl", "--sample-documents", 1000) == set(words)
+
+
+def test_a_sample_does_not_favour_what_is_held_out(tmp_path: Path) -> None:
+    records = [TextRecord(f"text {i}") for i in range(2000)]
+    sample = sorted(records, key=sample_key)[:200]
+    held_out = sum(record.hash < 0.1 * 2**64 for record in sample)
+    assert 5 < held_out < 40
+
+
+def test_a_sample_needs_a_size(run: Run, corpus: Path, tmp_path: Path) -> None:
+    arguments = ("--input", corpus / "stories.jsonl", "--output", tmp_path / "out", "--vocab-size", 300)
+    code, _, error = run("tokenizer", *arguments, "--sample-documents", 0)
+    assert code == 2
+    assert error == "error: --sample-documents is 0; it must be at least 1\n"

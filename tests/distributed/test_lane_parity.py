@@ -124,7 +124,7 @@ def test_weights_and_memories_are_the_same_on_every_mesh(
 
 def test_records_hold_the_losses_of_their_stage(runs: dict[str, Path]) -> None:
     memory = (*MEMORY_STATISTICS, "reset_share")
-    counts = ("grad_norm", "lr", "tokens", "total_tokens")
+    counts = ("corrupt_blocks", "grad_norm", "lr", "tokens", "total_tokens")
     for record in untimed(metrics(runs["2 ranks"])):
         if record["stage"] == "smat":
             parts = ("answer_loss", "answer_accuracy", "aux_loss")

@@ -138,11 +138,9 @@ def test_there_is_one_complete_record_a_step(run_of: RunOf) -> None:
     records = metrics(run_of("2 ranks"))
     assert [record["step"] for record in records] == list(range(1, 2 * STAGE_STEPS + 1))
     assert [record["stage"] for record in records] == [name for name in STAGES for _ in range(STAGE_STEPS)]
-    counts = ("lr", "tokens", "total_tokens")
+    counts = ("corrupt_blocks", "grad_norm", "lr", "tokens", "total_tokens")
     for record in records:
-        assert tuple(record) == (
-            "step", "stage", "loss", *COMPONENTS, *EXPERT_STATISTICS, "grad_norm", *counts, *TIMES
-        )  # fmt: skip
+        assert tuple(record) == ("step", "stage", "loss", *COMPONENTS, *EXPERT_STATISTICS, *counts, *TIMES)
         assert 0.5 < record["expert_load_entropy"] <= 1
         assert 1 <= record["expert_load_max"] <= 4
         assert all(math.isfinite(record[key]) for key in record if key != "stage")

@@ -132,6 +132,7 @@ def run_until_checkpoint(folder: Path) -> Callable[[Sequence[str], Mapping[str, 
     return run
 
 
+@pytest.mark.slow
 def test_an_interrupted_demonstration_goes_on_and_says_what_it_lacks(
     small: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

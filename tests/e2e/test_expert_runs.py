@@ -124,7 +124,7 @@ def test_its_checkpoint_is_evaluated_in_one_process(whole: dict[str, Path]) -> N
                 assert value == pytest.approx(record[name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_starts_from_weights_of_another_mesh(
     datasets: Datasets, whole: dict[str, Path], tmp_path: Path, frozen: bool
 ) -> None:

@@ -112,12 +112,18 @@ class MemoryPieces:
         self.answer_kept = np.array([one.answer for one in self.flat], dtype=np.int64)
         counts = np.array([len(conversation) for conversation in conversations], dtype=np.uint32)
         starts = np.cumsum(counts.astype(np.int64)) - counts
-        self.dataset = SimpleNamespace(interactions=counts, interaction_starts=starts)
+        self.dataset = SimpleNamespace(interactions=counts, interaction_starts=starts, lost=self.lost)
         self.prompts = prompts or [[] for _ in conversations]
         self.prompt_kept = np.array([len(prompt) for prompt in self.prompts], dtype=np.int64)
 
     def read_tokens(self, pieces: np.ndarray) -> np.ndarray:
         return np.array([t for piece in pieces for t in self.flat[piece].tokens], dtype=np.int64)
+
+    def lost(self, numbers: np.ndarray) -> np.ndarray:
+        return np.zeros(len(numbers), dtype=np.bool_)
+
+    def damage(self) -> dict[tuple[int, int], str]:
+        return {}
 
     def read_prompts(self, conversations: np.ndarray) -> np.ndarray:
         return np.array([t for number in conversations for t in self.prompts[number]], dtype=np.int64)

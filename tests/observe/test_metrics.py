@@ -151,3 +151,10 @@ def test_statistics_of_the_memory_are_published_and_forgotten() -> None:
         assert math.isnan(found) if name == "rxt_write_gate_std" else found == number / 8
     metrics.clear_losses()
     assert all(math.isnan(value(metrics, name)) for name in gauges)
+
+
+def test_damaged_blocks_are_published() -> None:
+    metrics = TrainMetrics()
+    assert value(metrics, "rxt_data_corrupt_blocks") == 0
+    metrics.record_corrupt_blocks(3)
+    assert value(metrics, "rxt_data_corrupt_blocks") == 3

@@ -44,4 +44,6 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         assert target.exists(), link
         if section:
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
-            assert section in {heading.lower().replace(" ", "-") for heading in headings}, link
+            assert section in {heading.lower().replace("`", "").replace(" ", "-") for heading in headings}, (
+                link
+            )

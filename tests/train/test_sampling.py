@@ -24,6 +24,7 @@ class Pieces:
     def __init__(self, *lengths: tuple[int, int]) -> None:
         self.first_targets = [first for _, first in lengths]
         self.lengths = np.array([length for length, _ in lengths])
+        self.lost = lambda pieces: np.zeros(len(pieces), dtype=np.bool_)
 
     def read(self, piece: int) -> Piece:
         return Piece(np.arange(10, 10 + self.lengths[piece]), self.first_targets[piece])

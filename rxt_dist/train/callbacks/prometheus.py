@@ -52,6 +52,7 @@ class PrometheusCallback(Callback):
             losses=losses, grad_norm=record["grad_norm"], learning_rate=record["lr"]
         )
         self._metrics.record_statistics(record)
+        self._metrics.record_corrupt_blocks(record["corrupt_blocks"])
 
     def on_checkpoint(self, step: int, seconds: float) -> None:
         self._metrics.record_checkpoint(step, seconds)
