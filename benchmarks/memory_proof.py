@@ -21,10 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from rxt_dist.arguments import add_overrides
+from rxt_dist.demo import prepare, training_command
 from rxt_dist.errors import FAILED_EXIT_CODE
-from rxt_dist.parallel.bootstrap import free_port
 
-ROOT = Path(__file__).resolve().parent.parent
 DISTANCES = (1, 2, 3, 4)
 # Name of an evaluated dataset -> what its conversations have that the trained ones have not.
 EVALUATED = {
@@ -62,9 +62,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--conversations", type=int, default=60_000, help="trained on (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=2_000, help="of each kind (default: %(default)s)")
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side (default: %(default)s)")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as launch/train.py"
-    )
+    add_overrides(parser, "batch.lanes=512")
     return parser.parse_args()
 
 
@@ -76,21 +74,19 @@ def _prepare_data(data: Path, arguments: argparse.Namespace) -> None:
     for name, special in EVALUATED.items():
         raw[name] = [*held_out, *special, "--seed", str(_HELD_OUT_SEED)]
     for name, options in raw.items():
-        _rxt_data(data / name / "raw", "synth", *shape, *options)
+        _data(data / name / "raw", "synth", *shape, *options)
     texts = [f"--input={data / 'trained' / 'raw' / f'{kind}.jsonl'}" for kind in ("stories", "conversations")]
-    _rxt_data(data / "tokenizer", "tokenizer", *texts, "--vocab-size", "512")
+    _data(data / "tokenizer", "tokenizer", *texts, "--vocab-size", "512")
     tokenizer = ["--tokenizer", str(data / "tokenizer")]
-    _rxt_data(data / "text", "shard", "text", texts[0], *tokenizer)
+    _data(data / "text", "shard", "text", texts[0], *tokenizer)
     for name in raw:
         source = f"--input={data / name / 'raw' / 'conversations.jsonl'}"
         fraction = ["--val-fraction", "0.01" if name == "trained" else "0"]
-        _rxt_data(data / name / "shards", "shard", "conversations", source, *tokenizer, *fraction)
+        _data(data / name / "shards", "shard", "conversations", source, *tokenizer, *fraction)
 
 
-def _rxt_data(output: Path, *arguments: str) -> None:
-    if not output.exists():  # rxt-data publishes a folder whole or not at all
-        command = [sys.executable, "-m", "data_prep", *arguments, "--output", str(output)]
-        subprocess.run(command, cwd=ROOT, check=True)
+def _data(output: Path, *arguments: str) -> None:
+    prepare(output, *arguments, "--output", output)  # rxt-data publishes a folder whole or not at all
 
 
 def _train(data: Path, arguments: argparse.Namespace, index: int, seed: int) -> int:
@@ -102,18 +98,9 @@ def _train(data: Path, arguments: argparse.Namespace, index: int, seed: int) -> 
     place = [f"--include=localhost:{index % devices}"] if devices else ["--num_gpus", "1"]
     if not devices:
         environment |= {"DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *place, "--master_port", str(free_port())]
-    command += [str(ROOT / "launch" / "train.py"), "--config", arguments.config]
-    settings = [
-        f"seed={seed}",
-        f"data.text={data / 'text'}",
-        f"data.conversations={data / 'trained' / 'shards'}",
-        f"runtime.run_dir={run_dir}",
-        *arguments.overrides,
-    ]
-    command += [part for setting in settings for part in ("--set", setting)]
-    if run_dir.exists():
-        command.append("--resume")
+    settings = [f"seed={seed}", f"data.text={data / 'text'}"]
+    settings += [f"data.conversations={data / 'trained' / 'shards'}", *arguments.overrides]
+    command = training_command(place, arguments.config, run_dir, settings)
     begin = time.perf_counter()
     with (arguments.output / f"seed-{seed}.log").open("w") as log:
         code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)

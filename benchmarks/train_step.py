@@ -39,6 +39,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.data import write_dataset
+from rxt_dist.arguments import add_overrides
 from rxt_dist.config import (
     STAGE_DATA,
     DataConfig,
@@ -318,7 +319,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stage", type=int, metavar="INDEX", help="number of one stage (default: all)")
     parser.add_argument("--steps", type=int, default=20, help="measured steps (%(default)s)")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them (%(default)s)")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    add_overrides(parser, "batch.pack_tokens=8192")
     parser.add_argument(
         "--lengths",
         type=int,
@@ -337,23 +338,29 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def run(arguments: argparse.Namespace) -> int:
-    config, stages = read_config(arguments)
+@contextmanager
+def process_group(config: RunConfig) -> Iterator[tuple[World, str]]:
+    """The ranks that were launched, and the attention backend that they chose."""
     world = world_from_environment()
     check_world_size(config, world.size)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     backend = set_attention_backend(config.runtime.attention_backend, world.device, dtype)
     start_process_group(world, config.runtime.collective_timeout_seconds)
     try:
-        with datasets(config, stages, world, arguments) as prepared:
-            if world.is_main:
-                print(describe(prepared, world, backend, arguments), flush=True)
-            for index in stages:
-                result = measure(prepared, index, world, arguments)
-                if world.is_main:
-                    print(result.line(), flush=True)
+        yield world, backend
     finally:
         dist.destroy_process_group()
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config, stages = read_config(arguments)
+    with process_group(config) as (world, backend), datasets(config, stages, world, arguments) as prepared:
+        if world.is_main:
+            print(describe(prepared, world, backend, arguments), flush=True)
+        for index in stages:
+            result = measure(prepared, index, world, arguments)
+            if world.is_main:
+                print(result.line(), flush=True)
     return 0
 
 

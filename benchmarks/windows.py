@@ -21,14 +21,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch.distributed as dist
 
-from benchmarks.train_step import MIB, datasets, describe, measure, read_config
-from rxt_dist.config import RunConfig, check_world_size
+from benchmarks.train_step import MIB, datasets, describe, measure, process_group, read_config
+from rxt_dist.arguments import add_overrides
+from rxt_dist.config import RunConfig
 from rxt_dist.errors import ConfigError, exit_with_message
-from rxt_dist.kernels.attention import set_attention_backend
 from rxt_dist.model import build_model
-from rxt_dist.parallel.bootstrap import World, start_process_group, world_from_environment
+from rxt_dist.parallel.bootstrap import World
 from rxt_dist.stages import build_stage, open_pieces
 from rxt_dist.train.feed import open_feed
 
@@ -101,7 +100,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
     parser.add_argument("--steps", type=int, default=10, help="measured steps (%(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (%(default)s)")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    add_overrides(parser, "batch.lanes=64")
     parser.add_argument("--lengths", type=int, nargs=2, metavar=("LEAST", "MOST"), help="of an interaction")
     parser.add_argument("--interactions", type=int, default=12, help="of a conversation (%(default)s)")
     parser.add_argument("--folder", type=Path, help="where the temporary dataset is written")
@@ -115,26 +114,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> int:
     config, stages = read_config(arguments)
     index = choose_stage(config, stages)
-    world = world_from_environment()
-    check_world_size(config, world.size)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    backend = set_attention_backend(config.runtime.attention_backend, world.device, dtype)
-    start_process_group(world, config.runtime.collective_timeout_seconds)
-    try:
-        largest = variants(config, [max(arguments.windows)])[0]
-        with datasets(largest, [index], world, arguments) as prepared:
+    largest = variants(config, [max(arguments.windows)])[0]
+    with process_group(config) as (world, backend), datasets(largest, [index], world, arguments) as prepared:
+        if world.is_main:
+            machine = describe(prepared, world, backend, arguments).splitlines()[0]
+            stage, lanes = prepared.stages[index].name, prepared.batch.lanes
+            print(f"{machine}\n{prepared.model.name}, {prepared.precision}, {stage}: {lanes} lanes\n")
+            print(f"{'window':>6}  {'recompute':<12}{'tokens/step':>12}{'tokens/s':>12}", end="")
+            print(f"{'step ms':>10}{'memory MiB':>12}", flush=True)
+        for variant in variants(prepared, arguments.windows):
+            row = line(variant, index, world, arguments)
             if world.is_main:
-                machine = describe(prepared, world, backend, arguments).splitlines()[0]
-                stage, lanes = prepared.stages[index].name, prepared.batch.lanes
-                print(f"{machine}\n{prepared.model.name}, {prepared.precision}, {stage}: {lanes} lanes\n")
-                print(f"{'window':>6}  {'recompute':<12}{'tokens/step':>12}{'tokens/s':>12}", end="")
-                print(f"{'step ms':>10}{'memory MiB':>12}", flush=True)
-            for variant in variants(prepared, arguments.windows):
-                row = line(variant, index, world, arguments)
-                if world.is_main:
-                    print(row, flush=True)
-    finally:
-        dist.destroy_process_group()
+                print(row, flush=True)
     return 0
 
 

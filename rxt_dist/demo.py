@@ -96,11 +96,11 @@ def _prepare_data(data: Path) -> None:
     ):
         numbers = ["--seed", seed, "--conversations", conversations, "--stories", stories]
         shape = ["--profile", "recall", "--distance-weights", "linear"]
-        _prepare(output / "conversations.jsonl", "synth", "--output", output, *shape, *numbers)
+        prepare(output / "conversations.jsonl", "synth", "--output", output, *shape, *numbers)
     tokenizer = data / "tokenizer"
     inputs: list[object] = ["--input", raw / "stories.jsonl", "--input", raw / "conversations.jsonl"]
     size = ["--vocab-size", _VOCABULARY]
-    _prepare(tokenizer / "tokenizer.json", "tokenizer", *inputs, *size, "--output", tokenizer)
+    prepare(tokenizer / "tokenizer.json", "tokenizer", *inputs, *size, "--output", tokenizer)
     for name, kind, source in (
         ("text", "text", raw / "stories.jsonl"),
         ("conversations", "conversations", raw / "conversations.jsonl"),
@@ -108,11 +108,11 @@ def _prepare_data(data: Path) -> None:
     ):
         target = data / name
         arguments = [kind, "--input", source, "--tokenizer", tokenizer, "--output", target]
-        _prepare(target / "manifest.json", "shard", *arguments)
+        prepare(target / "manifest.json", "shard", *arguments)
 
 
-def _prepare(result: Path, *arguments: object) -> None:
-    """Run one rxt-data command unless its result is there."""
+def prepare(result: Path, *arguments: object) -> None:
+    """Run one rxt-data command unless its result is there; TrainingError or RxtError when it fails."""
     if result.exists():
         return
     _run([sys.executable, "-m", "data_prep", *(str(argument) for argument in arguments)], os.environ)
@@ -121,26 +121,29 @@ def _prepare(result: Path, *arguments: object) -> None:
 def _train(data: Path, run_dir: Path) -> None:
     import torch
 
-    from rxt_dist import __file__ as package
-
-    script = Path(package).resolve().parent.parent / "launch" / "train.py"
     devices = torch.cuda.device_count()
     ranks = min(_RANKS, devices) if devices else _RANKS
     environment = dict(os.environ)
     if not devices:
         threads = max(1, (os.cpu_count() or 1) // ranks)
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    command += ["--master_port", str(free_port()), str(script), "--config", RUN_FILE]
-    for setting in (
-        f"data.text={data / 'text'}",
-        f"data.conversations={data / 'conversations'}",
-        f"runtime.run_dir={run_dir}",
-    ):
+    settings = [f"data.text={data / 'text'}", f"data.conversations={data / 'conversations'}"]
+    _run(training_command(["--num_gpus", str(ranks)], RUN_FILE, run_dir, settings), environment)
+
+
+def training_command(place: Sequence[str], config: str, run_dir: Path, settings: Sequence[str]) -> list[str]:
+    """The DeepSpeed launcher's command that starts a run, or goes on with it where ``run_dir`` exists.
+
+    ``place`` are the launcher's options that say on which devices, ``settings`` go to ``--set``.
+    """
+    from rxt_dist import __file__ as package
+
+    script = Path(package).resolve().parent.parent / "launch" / "train.py"
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *place]
+    command += ["--master_port", str(free_port()), str(script), "--config", config]
+    for setting in (*settings, f"runtime.run_dir={run_dir}"):
         command += ["--set", setting]
-    if run_dir.exists():
-        command.append("--resume")
-    _run(command, environment)
+    return [*command, "--resume"] if run_dir.exists() else command
 
 
 def _evaluate_held_out(data: Path, run_dir: Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rxt_dist.arguments import add_overrides
+
 EVALUATION_FILE = "evaluation.json"
 
 
@@ -26,14 +28,7 @@ def add_parser(commands: Any) -> None:
         metavar="DIR",
         help=f"folder for {EVALUATION_FILE}, and memory.png with --memory (default: only print)",
     )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one value of the run, e.g. --set data.conversations=DIR",
-    )
+    add_overrides(parser, "data.conversations=DIR")
     parser.set_defaults(run=_run)
 
 

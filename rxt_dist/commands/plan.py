@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from rxt_dist.arguments import add_overrides
 from rxt_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,14 +23,7 @@ def add_parser(commands: Any) -> None:
     subject.add_argument("--model", metavar="NAME|FILE", help="packaged model (as alpha) or model file")
     subject.add_argument("--config", metavar="NAME|FILE", help="packaged run (as tiny) or run file")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks of the run; needed with --config")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one value of the run, e.g. --set parallel.expert_size=2 (may be repeated)",
-    )
+    add_overrides(parser, "parallel.expert_size=2")
     parser.add_argument(
         "--vocab-size",
         type=int,

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from rxt_dist.arguments import add_overrides
 from rxt_dist.checkpoint import CheckpointReader, find_checkpoint
 from rxt_dist.config import RunConfig, check_world_size, load_config
 from rxt_dist.data.tokens import TOKENIZER_FILE, load_tokenizer
@@ -44,14 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config", required=True, help="run file, or the name of a packaged one (tiny, micro, ...)"
     )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one value, e.g. --set stages.0.steps=100 (may be repeated)",
-    )
+    add_overrides(parser, "stages.0.steps=100")
     parser.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint in runtime.run_dir"
     )
