@@ -14,15 +14,14 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from rxt_dist.checkpoint import CheckpointReader, TrainerState, save_checkpoint
-from rxt_dist.config import RunConfig, StageConfig, deepspeed_config, stage_optimizer
+from rxt_dist.config import RunConfig, StageConfig, stage_optimizer
 from rxt_dist.errors import TrainingError
 from rxt_dist.interchange.native import NativeReader
-from rxt_dist.model import build_model
+from rxt_dist.model import RxTModel
 from rxt_dist.observe.metrics import TrainState
 from rxt_dist.parallel.bootstrap import World
-from rxt_dist.parallel.mesh import Mesh
-from rxt_dist.parallel.parallelize import parallelize
-from rxt_dist.stages import Pieces, build_stage, open_pieces
+from rxt_dist.stages import Pieces, open_pieces
+from rxt_dist.train.build import build_engine
 from rxt_dist.train.callbacks import Callback
 from rxt_dist.train.engine import StageEngine
 from rxt_dist.train.evaluation import evaluate_stage
@@ -123,20 +122,16 @@ class Trainer:
 
     def _build_engine(self, stage: StageConfig, resumed: CheckpointReader | None) -> StageEngine:
         """Model, weights and engine of a stage, with the optimizer state if the run is resumed inside it."""
-        config, world = self._config, self._world
-        mesh = Mesh(world.size, config.parallel.tensor_size, config.parallel.expert_size)
-        model = build_model(config.model, config.seed, lambda whole: parallelize(whole, mesh, world.rank))
         reader = self._weights
-        if reader is not None:
+
+        def load(model: RxTModel) -> None:
+            if reader is None:
+                return
             missing = reader.load_weights(model, allow_missing=self._foreign_weights)
             if missing:
                 logger.warning("%s: %d tensors start fresh (%s, ...)", reader.path, len(missing), missing[0])
-        module = build_stage(model, config, stage)
-        module.to(world.device)
-        optimizer = stage_optimizer(config, stage)
-        fused = world.device.type == "cuda"
-        settings = deepspeed_config(config, stage, dp_size=world.size, optimizer=optimizer, fused=fused)
-        engine = StageEngine(model, module, settings, world.device)
+
+        engine = build_engine(self._config, stage, self._world, load)
         if resumed is not None:
             resumed.load_fragments(engine.moment_fragments())
             engine.set_optimizer_steps(resumed.state.optimizer_steps)
