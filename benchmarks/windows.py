@@ -12,7 +12,6 @@ graph of one micro-batch keeps for the backward pass, without the weights.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.train_step import MIB, datasets, describe, measure, process_group, read_config
+from benchmarks.devices import device_name
+from benchmarks.stepping import MIB, measure, process_group
+from benchmarks.workload import add_arguments, datasets, possible_lengths, read_config
 from rxt_dist.arguments import add_overrides
 from rxt_dist.config import RunConfig
 from rxt_dist.errors import ConfigError, exit_with_message
@@ -60,12 +61,11 @@ def kept_bytes(config: RunConfig, index: int, world: World) -> int:
 
 def line(config: RunConfig, index: int, world: World, arguments: argparse.Namespace) -> str:
     """One row of the table. Collective."""
-    result = measure(config, index, world, arguments)
-    step = statistics.median(sum(seconds.values()) for seconds in result.steps)
+    result = measure(config, index, world, steps=arguments.steps, warmup=arguments.warmup)
     memory = result.peak_bytes if world.device.type == "cuda" else kept_bytes(config, index, world)
     return (
         f"{config.batch.window:>6}  {config.runtime.recompute:<12}{result.tokens:>12,.0f}"
-        f"{result.tokens / step:>12,.0f}{step * 1e3:>10.1f}{memory / MIB:>12,.1f}"
+        f"{result.tokens_per_second:>12,.0f}{result.step * 1e3:>10.1f}{memory / MIB:>12,.1f}"
     )
 
 
@@ -101,9 +101,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="measured steps (%(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (%(default)s)")
     add_overrides(parser, "batch.lanes=64")
-    parser.add_argument("--lengths", type=int, nargs=2, metavar=("LEAST", "MOST"), help="of an interaction")
-    parser.add_argument("--interactions", type=int, default=12, help="of a conversation (%(default)s)")
-    parser.add_argument("--folder", type=Path, help="where the temporary dataset is written")
+    add_arguments(parser)
+    parser.set_defaults(interactions=12)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if min(arguments.steps, arguments.interactions, *arguments.windows) < 1 or arguments.warmup < 0:
@@ -112,14 +111,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config, stages = read_config(arguments)
+    config, stages = read_config(arguments.config, arguments.overrides, arguments.stage)
+    possible_lengths(arguments, config.model.seq_len)
     index = choose_stage(config, stages)
     largest = variants(config, [max(arguments.windows)])[0]
-    with process_group(config) as (world, backend), datasets(largest, [index], world, arguments) as prepared:
+    steps = arguments.steps + arguments.warmup
+    with (
+        process_group(config) as (world, backend),
+        datasets(largest, [index], world, steps, arguments) as prepared,
+    ):
         if world.is_main:
-            machine = describe(prepared, world, backend, arguments).splitlines()[0]
             stage, lanes = prepared.stages[index].name, prepared.batch.lanes
-            print(f"{machine}\n{prepared.model.name}, {prepared.precision}, {stage}: {lanes} lanes\n")
+            print(f"{device_name(world.device)}; ranks: {world.size}; torch {torch.__version__}")
+            print(f"{prepared.model.name}, {prepared.precision}, {backend}, {stage}: {lanes} lanes\n")
             print(f"{'window':>6}  {'recompute':<12}{'tokens/step':>12}{'tokens/s':>12}", end="")
             print(f"{'step ms':>10}{'memory MiB':>12}", flush=True)
         for variant in variants(prepared, arguments.windows):

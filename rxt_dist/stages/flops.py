@@ -5,7 +5,7 @@ only of a query and a key that it sees, experts that a token visits, heads at ro
 backward pass only gradients that somebody asks for. Padding, recomputation and everything elementwise are
 not counted, so that the share of a device's rate that this makes is the same for every way to compute it.
 
-Shape legend: N tokens, D embedding width, d head width, H heads, L layers, b lanes, S STM slots, V vocabulary.
+Shape legend: N tokens, D embedding width, L layers, b lanes, S STM slots, V vocabulary.
 """
 
 from __future__ import annotations
