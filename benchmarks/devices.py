@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,3 +44,27 @@ def device_name(device: torch.device) -> str:
 def rated(device: torch.device) -> Rates | None:
     """The data sheet's rates; None for a device that is not listed."""
     return _RATED.get(device_name(device))
+
+
+def measured_rates(device: torch.device) -> Rates:
+    """Rates of a large copy and of square matrix products, for a device without a data sheet here."""
+    source = torch.ones(1 << 24, device=device)
+    target = torch.empty_like(source)
+    seconds = _best_seconds(lambda: target.copy_(source), device)
+    matmul = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        square = torch.ones(512, 512, device=device, dtype=dtype)
+        matmul[dtype] = 2 * 512**3 / _best_seconds(lambda square=square: square @ square, device)
+    return Rates(matmul, 2 * source.numel() * source.element_size() / seconds)
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The shortest of some calls."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
