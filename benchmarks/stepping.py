@@ -21,6 +21,7 @@ from benchmarks.profiling import Profile, profile_steps
 from rxt_dist.config import RunConfig, check_world_size, stage_optimizer
 from rxt_dist.errors import TrainingError
 from rxt_dist.kernels.attention import set_attention_backend
+from rxt_dist.kernels.compilation import set_compile
 from rxt_dist.parallel.bootstrap import World, start_process_group, world_from_environment
 from rxt_dist.stages import open_pieces
 from rxt_dist.stages.flops import batch_flops
@@ -276,6 +277,7 @@ def process_group(config: RunConfig) -> Iterator[tuple[World, str]]:
     check_world_size(config, world.size)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     backend = set_attention_backend(config.runtime.attention_backend, world.device, dtype)
+    set_compile(config.runtime.compile)
     start_process_group(world, config.runtime.collective_timeout_seconds)
     try:
         yield world, backend

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rxt_dist.kernels.compilation import compiled_kernel
+
 UInt64Array = npt.NDArray[np.uint64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -77,11 +79,13 @@ def fold_in_tensor(keys: torch.Tensor, counters: torch.Tensor | int) -> torch.Te
     return value ^ _shift_right(value, 31)
 
 
+@compiled_kernel
 def uniform_tensor(keys: torch.Tensor) -> torch.Tensor:
     """int64 keys of any shape -> float32 in [0, 1) with 24 random bits, same shape."""
     return _shift_right(keys, 40).to(torch.float32) * 2.0**-24
 
 
+@compiled_kernel
 def normal_tensor(keys: torch.Tensor, channels: int) -> torch.Tensor:
     """Standard normal numbers by Box-Muller: int64 keys [...] -> float32 [..., channels]."""
     pairs = (channels + 1) // 2

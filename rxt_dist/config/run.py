@@ -333,6 +333,9 @@ class RuntimeConfig(Section):
     """Folder of the run's checkpoints, logs and resolved configuration."""
     attention_backend: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
     """Attention kernel; auto: the fastest that the device and the precision allow."""
+    compile: bool = False
+    """Compile the layers and the loss with torch.compile: faster steps after a start of about a minute, which
+    a later start on the same machine finds in the compiler's cache. For CUDA."""
     recompute: Literal["none", "interaction"] = "none"
     """What the backward pass of the memory stages computes again to save memory; interaction: everything but
     the STM between the interactions of a window."""

@@ -231,6 +231,7 @@ def _grid(x: torch.Tensor, place: torch.Tensor | None, groups: int, width: int) 
     return padded.reshape(groups, width, *x.shape[1:]).transpose(1, 2)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: AttentionLayout, causal: bool, scale: float
 ) -> torch.Tensor:

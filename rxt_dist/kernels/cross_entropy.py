@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rxt_dist.kernels.compilation import compiled_kernel
+
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
@@ -50,12 +52,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         normalisers = []
         for start in range(0, hidden.shape[0], chunk):
             rows, target = hidden[start : start + chunk], targets[start : start + chunk]
-            logits = F.linear(rows, weight, bias).float()
-            best, guess = logits.max(dim=1)
-            wanted = logits.gather(1, target[:, None]).squeeze(1)
-            normaliser = logits.sub_(best[:, None]).exp_().sum(dim=1).log_().add_(best)
+            normaliser, wanted, hits = _scores(rows, weight, bias, target)
             loss += (normaliser - wanted).sum()
-            correct += (guess == target).sum()
+            correct += hits
             normalisers.append(normaliser)
         ctx.chunk = chunk
         ctx.save_for_backward(hidden, weight, bias, targets, *normalisers)
@@ -75,12 +74,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for index, normaliser in enumerate(normalisers):
             part = slice(index * ctx.chunk, (index + 1) * ctx.chunk)
             rows, target = hidden[part], targets[part]
-            gradient = F.linear(rows, weight, bias).float().sub_(normaliser[:, None]).exp_()
-            gradient.scatter_add_(1, target[:, None], gradient.new_full((target.shape[0], 1), -1.0))
-            gradient.mul_(grads[0])
+            gradient, bias_part = _logit_gradient(rows, weight, bias, target, normaliser, grads[0])
             if grad_bias is not None:
-                grad_bias += gradient.sum(dim=0)
-            gradient = gradient.to(hidden.dtype)
+                grad_bias += bias_part
             if grad_hidden is not None:
                 torch.mm(gradient, weight, out=grad_hidden[part])
             if grad_weight is not None:
@@ -100,3 +96,32 @@ def _add_product(total: torch.Tensor, gradient: torch.Tensor, rows: torch.Tensor
         total.addmm_(gradient.T, rows)
     else:
         total += gradient.T @ rows
+
+
+@compiled_kernel
+def _scores(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """fp32 [C] log of the sum of exponentials, fp32 [C] logit of the target, and the number of correct rows."""
+    logits = F.linear(rows, weight, bias).float()
+    best, guess = logits.max(dim=1)
+    wanted = logits.gather(1, target[:, None]).squeeze(1)
+    normaliser = logits.sub_(best[:, None]).exp_().sum(dim=1).log_().add_(best)
+    return normaliser, wanted, (guess == target).sum()
+
+
+@compiled_kernel
+def _logit_gradient(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    normaliser: torch.Tensor,
+    grad: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of the logits [C, V] in the dtype of ``rows``, and fp32 [V] its sum over rows."""
+    gradient = F.linear(rows, weight, bias).float().sub_(normaliser[:, None]).exp_()
+    # Not a scatter: this fuses with what surrounds it.
+    columns = torch.arange(gradient.shape[1], device=gradient.device)
+    gradient = gradient.sub_((columns == target[:, None]).float()).mul_(grad)
+    return gradient.to(rows.dtype), gradient.sum(dim=0)

@@ -20,7 +20,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = RMS_EPS) -> tor
     Returns:
         [..., D] in the dtype of ``x``.
     """
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if plain and not torch.compiler.is_compiling():
         out: torch.Tensor = _CpuRmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return out
     return F.rms_norm(x, (x.shape[-1],), weight, eps)

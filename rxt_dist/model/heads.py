@@ -8,6 +8,7 @@ from torch import nn
 
 from rxt_dist.config import ModelConfig
 from rxt_dist.errors import ConfigError
+from rxt_dist.kernels.compilation import compiled
 from rxt_dist.model.initialisation import Distribution, linear_default
 from rxt_dist.model.norm import make_norm
 
@@ -48,6 +49,7 @@ class MLMHead(nn.Module):
     def initial_distributions(self) -> dict[str, Distribution]:
         return dict.fromkeys(("weight", "bias"), linear_default(self.weight.shape[1]))
 
+    @compiled
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.norm(F.gelu(self.dense(hidden)))
         return features

@@ -12,6 +12,7 @@ from torch import nn
 
 from rxt_dist.config import AttentionConfig
 from rxt_dist.kernels.attention import AttentionLayout
+from rxt_dist.kernels.compilation import compiled
 from rxt_dist.model.attention import CrossAttention, SelfAttention
 from rxt_dist.model.cache import KeysValues, LayerCache
 from rxt_dist.model.feedforward import FeedForward
@@ -63,6 +64,7 @@ class Layer(nn.Module):
         assert self.cross_attention is not None
         return self.cross_attention.read(memory if self.stm_norm is None else self.stm_norm(memory))
 
+    @compiled
     def forward(
         self,
         x: torch.Tensor,

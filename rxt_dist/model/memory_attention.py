@@ -17,6 +17,7 @@ from torch import nn
 from rxt_dist.config import AttentionConfig, GateConfig, ModelConfig
 from rxt_dist.config.model import INTERLAYER_VARIANTS
 from rxt_dist.kernels.attention import AttentionLayout, attention
+from rxt_dist.kernels.compilation import compiled
 from rxt_dist.model.initialisation import Distribution, Normal
 from rxt_dist.model.layout import SequenceLayout
 from rxt_dist.model.memory_gate import MemoryGate, mix
@@ -184,15 +185,28 @@ class MemoryAttention(nn.Module):
         gates: GateValues | None = None,
     ) -> torch.Tensor:
         self._check(stm, encoded, layout)
+        groups = MemoryGroups.of(layout, self.layers, stm.shape[2])
+        dtype = self.attention.q.weight.dtype
+        rotation = self.rope.rotation(layout.positions, self.head_width, dtype)
+        return self._write(stm, encoded, layout.sequence_ids, groups, rotation, present, gates)
+
+    @compiled
+    def _write(
+        self,
+        stm: torch.Tensor,
+        encoded: torch.Tensor,
+        sequence_ids: torch.Tensor,
+        groups: MemoryGroups,
+        rotation: Rotation,
+        present: torch.Tensor | None,
+        gates: GateValues | None,
+    ) -> torch.Tensor:
         before = stm
         if present is not None:
             # Masked at the entrance, so that the backward pass multiplies no zero by a NaN.
             absent = ~present
             stm = stm.masked_fill(absent[:, None, None], 0.0)
-            encoded = encoded.masked_fill(absent[layout.sequence_ids][:, None], 0.0)
-        groups = MemoryGroups.of(layout, self.layers, stm.shape[2])
-        dtype = self.attention.q.weight.dtype
-        rotation = self.rope.rotation(layout.positions, self.head_width, dtype)
+            encoded = encoded.masked_fill(absent[sequence_ids][:, None], 0.0)
         old = self._read_memory(stm, groups.slots, present, gates)
         queries = normed(self.norm, old, present).flatten(1, 2)
         sources = encoded if self.input_norm is None else self.input_norm(encoded)

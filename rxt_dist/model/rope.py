@@ -77,8 +77,9 @@ class Rotation:
     def _pairs(self, x: torch.Tensor) -> torch.Tensor:
         """The rotated pairs, [..., N, H, d/2, 2]."""
         pairs = x.view(*x.shape[:-1], x.shape[-1] // 2, 2)
-        if x.device.type == "cpu" and x.dtype == self.cos.dtype == torch.float32:
-            # One complex product is several times as fast on CPU; a compiled GPU graph wants the real form.
+        plain = x.device.type == "cpu" and x.dtype == self.cos.dtype == torch.float32
+        if plain and not torch.compiler.is_compiling():
+            # One complex product is several times as fast on CPU; compiled code fuses the real form.
             return torch.view_as_real(torch.view_as_complex(pairs) * self.phasor)
         even, odd = pairs.unbind(-1)
         cos, sin = self.cos, self.sin

@@ -19,6 +19,7 @@ from rxt_dist.config import RunConfig, check_world_size, load_config
 from rxt_dist.data.tokens import TOKENIZER_FILE, load_tokenizer
 from rxt_dist.errors import FAILED_EXIT_CODE, USER_ERROR_EXIT_CODE, ConfigError, RxtError, TrainingError
 from rxt_dist.kernels.attention import set_attention_backend
+from rxt_dist.kernels.compilation import set_compile
 from rxt_dist.observe.logging import setup_logging
 from rxt_dist.observe.metrics import TrainState
 from rxt_dist.observe.metrics_file import EVALUATION_FILE, METRICS_FILE, truncate_after
@@ -96,6 +97,7 @@ def _run(arguments: argparse.Namespace, world: World) -> None:
     check_splits(manifests, skip_corrupt=config.data.on_corrupt == "skip")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     set_attention_backend(config.runtime.attention_backend, world.device, dtype)
+    set_compile(config.runtime.compile)
     tokenizer_folder = next(iter(manifests.values()))[0] / "tokenizer"
     start_process_group(world, config.runtime.collective_timeout_seconds)
     weights = _on_main(world, lambda: _prepare(arguments, config, tokenizer_folder / TOKENIZER_FILE))

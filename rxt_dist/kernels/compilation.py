@@ -1,0 +1,51 @@
+"""Regional compilation: the functions marked here are compiled by torch.compile while a run asks for it.
+
+A region is compiled once for all layers that run it and for all numbers of rows. Passes without gradients
+(evaluation, generation) stay eager: their shapes change from call to call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_enabled = False
+
+
+def set_compile(enabled: bool) -> None:
+    """Whether marked functions are compiled in this process from now on; call before the first step."""
+    global _enabled
+    _enabled = enabled
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Mark ``function`` as a region: compiled where :func:`set_compile` said so and gradients are recorded."""
+    return _region(function, needs_grad=True)
+
+
+def compiled_kernel(function: Callable[P, R]) -> Callable[P, R]:
+    """Mark ``function``, which needs no autograd (the inside of an autograd function, random numbers), as a
+    region: compiled also where no gradients are recorded."""
+    return _region(function, needs_grad=False)
+
+
+def _region(function: Callable[P, R], *, needs_grad: bool) -> Callable[P, R]:
+    fast: Callable[P, R] | None = None
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal fast
+        eager = not _enabled or (needs_grad and not torch.is_grad_enabled())
+        if eager or torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        if fast is None:
+            fast = torch.compile(function, dynamic=True)
+        return fast(*args, **kwargs)
+
+    return run
