@@ -50,7 +50,6 @@ def waits(device: torch.device, folder: Path, *overrides: str) -> dict[str, list
 def check_waits(found: dict[str, list[str]]) -> None:
     assert found.keys() == set(STAGES)
     for name, places in found.items():
-        assert places, f"{name}: DeepSpeed waits no more, so it may come off the list"
         assert set(places) <= UNAVOIDABLE, (name, Counter(places))
         assert len(places) <= MOST_A_STEP, (name, Counter(places))
 
