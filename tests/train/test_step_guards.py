@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -161,9 +162,11 @@ class TestOnGpu:
 
     pytestmark = needs_gpu
 
-    @pytest.fixture(autouse=True)
-    def _restore_backend(self):  # type: ignore[no-untyped-def]
-        yield
+    @pytest.fixture(scope="class", autouse=True)
+    def _one_process_group(self) -> Iterator[None]:
+        """DeepSpeed remembers groups, so that a process has one process group for all its tests."""
+        with one_rank(CUDA):
+            yield
         set_attention_backend("sdpa", CPU, torch.float32)
 
     def test_no_step_waits(self, tmp_path: Path) -> None:
