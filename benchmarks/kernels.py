@@ -30,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch._functorch.config
 
 from benchmarks.devices import Rates, device_name, measured_rates, rated
 from benchmarks.operations import SMALL, Case, Sizes, Tensors, operations
@@ -141,6 +142,7 @@ def measure(
     ours = case.ours
     if compiled:
         torch.compiler.reset()  # operations share code objects, of which only some versions are kept
+        torch._functorch.config.donated_buffer = False  # the timed backward passes share one forward pass
         ours = torch.compile(case.ours, dynamic=False)
     error, gradient_error = errors(case, dtype, ours)
     inputs = [x.to(dtype).requires_grad_() for x in case.inputs]

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rxt_dist.config import RunConfig, StageConfig
+from rxt_dist.model.model import count_parameters
 
 SEQUENCE = 256
 DEVICE = "H100"
+PARAMETERS = {"rxt-alpha": 155_590_432, "rxt-alpha-micro": 12_228_044}
+"""Of the measured models, the embedding counted once: a changed one is another model."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,12 @@ def comparable(
     same_shape = DEVICE in device and ranks == 1 and set(lengths) == {SEQUENCE} and config.precision == "bf16"
     if not same_shape or (stage.uses_lanes and config.batch.window != 1) or stage.components != "joint":
         return []
-    model = (config.model.name, config.model.vocab_size, stage.name)
-    found = [figure for figure in FIGURES if (figure.model, figure.vocab_size, figure.stage) == model]
+    name, vocab_size = config.model.name, config.model.vocab_size
+    assert isinstance(vocab_size, int)
+    if count_parameters(config.model, vocab_size)["unique"] != PARAMETERS.get(name):
+        return []
+    wanted = (name, vocab_size, stage.name)
+    found = [figure for figure in FIGURES if (figure.model, figure.vocab_size, figure.stage) == wanted]
     return sorted(found, key=lambda figure: figure.tokens_per_second)
 
 

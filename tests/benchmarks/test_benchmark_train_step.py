@@ -16,7 +16,7 @@ from torch.autograd import DeviceType
 from benchmarks.profiling import gpu_profile, table, union_seconds
 from benchmarks.reference_figures import FIGURES, comparable, comparison
 from benchmarks.workload import IDS, SHORTEST
-from rxt_dist.config import RunConfig, load_config, resolve_dataset
+from rxt_dist.config import RunConfig, StageConfig, load_config, resolve_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = ["joint_lm", "interaction_sft", "memory_attention", "smat"]
@@ -174,6 +174,11 @@ def resolved(config: str, *overrides: str) -> RunConfig:
     return resolve_dataset(run, vocab_size=size, special_ids=IDS, tokenizer_sha256={})
 
 
+def with_stage(config: str, *overrides: str) -> tuple[RunConfig, StageConfig]:
+    run = resolved(config, *overrides)
+    return run, run.stages[0]
+
+
 def test_figures_are_compared_with_equal_shapes_only() -> None:
     alpha = resolved("alpha")
     joint, sft, _, smat = alpha.stages
@@ -186,8 +191,11 @@ def test_figures_are_compared_with_equal_shapes_only() -> None:
     assert comparable(alpha, joint, [256], H100, 2) == []
     assert comparable(resolved("alpha", "precision=fp32"), joint, [256], H100, 1) == []
     assert comparable(resolved("alpha", "model.vocab_size=8000"), joint, [256], H100, 1) == []
+    dense = resolved("alpha", "model.decoder.moe=null", "model.decoder.ff_dim=2304")
+    assert comparable(dense, joint, [256], H100, 1) == []
     assert comparable(resolved("alpha", "batch.window=2"), smat, [256], H100, 1) == []
-    micro = resolved("micro", "model.vocab_size=7500")
+    assert comparable(*with_stage("micro", "model.vocab_size=7500"), [256], H100, 1) == []  # a shared expert
+    micro = resolved("micro", "model=micro", "model.vocab_size=7500")
     assert comparable(micro, micro.stages[0], [256], H100, 1)[-1].compiled
     lines = comparison(found, tokens=128 * 256, tokens_per_second=333_000)
     assert lines == [
