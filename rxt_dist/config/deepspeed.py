@@ -134,8 +134,8 @@ def deepspeed_config(
         "wall_clock_breakdown": False,
     }
     if config.precision == "bf16":
-        # Non-finite gradients end a run where it logs or saves; DeepSpeed would look at every parameter of every
-        # step, which costs a sixth of it.
+        # Non-finite gradients end a run where it logs or saves; DeepSpeed would look at every parameter
+        # in every step, which costs a sixth of it.
         generated["bf16"] = {"enabled": True, "check_grad_overflow": False}
         # With ZeRO 1, fp32 accumulation would select another optimizer class of DeepSpeed.
         if accumulation > 1 and config.zero.stage == 2:

@@ -231,7 +231,6 @@ def _grid(x: torch.Tensor, place: torch.Tensor | None, groups: int, width: int) 
     return padded.reshape(groups, width, *x.shape[1:]).transpose(1, 2)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: AttentionLayout, causal: bool, scale: float
 ) -> torch.Tensor:
@@ -259,8 +258,12 @@ def _sdpa(
 _Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionLayout, bool, float], torch.Tensor]
 
 
+# Its index tensors are kept with the layout, which compiled code cannot do.
+_eager_sdpa: _Backend = torch.compiler.disable(_sdpa)  # type: ignore[no-untyped-call]
+
+
 def _make_sdpa() -> _Backend:
-    return _sdpa
+    return _eager_sdpa
 
 
 def _make_flash() -> _Backend:
@@ -314,4 +317,4 @@ _BACKENDS: dict[BackendName, Callable[[], _Backend]] = {
     "varlen": _make_varlen,
     "sdpa": _make_sdpa,
 }
-_backend: _Backend = _sdpa
+_backend: _Backend = _eager_sdpa

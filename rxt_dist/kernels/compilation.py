@@ -25,7 +25,7 @@ def set_compile(enabled: bool) -> None:
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Mark ``function`` as a region: compiled where :func:`set_compile` said so and gradients are recorded."""
+    """Mark ``function`` as a region: compiled after :func:`set_compile`, while gradients are recorded."""
     return _region(function, needs_grad=True)
 
 
