@@ -335,7 +335,7 @@ class RuntimeConfig(Section):
     """Attention kernel; auto: the fastest that the device and the precision allow."""
     compile: bool = False
     """Compile the layers and the loss with torch.compile: faster steps after a start of about a minute, which
-    a later start on the same machine finds in the compiler's cache. For CUDA."""
+    a later start on the same machine finds in the compiler's cache (TORCHINDUCTOR_CACHE_DIR). Needs bf16."""
     recompute: Literal["none", "interaction"] = "none"
     """What the backward pass of the memory stages computes again to save memory; interaction: everything but
     the STM between the interactions of a window."""
@@ -428,6 +428,9 @@ class RunConfig(Section):
         if backend in ("flash", "varlen") and self.precision != "bf16":
             valid = f"needs precision bf16, precision is {self.precision}; valid: auto, sdpa"
             problems.append(Problem("runtime.attention_backend", f"found {backend}; {valid}"))
+        if self.runtime.compile and self.precision != "bf16":
+            valid = f"needs precision bf16, precision is {self.precision}; valid: false"
+            problems.append(Problem("runtime.compile", f"found true; {valid}"))
         return problems
 
 

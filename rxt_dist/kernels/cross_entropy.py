@@ -102,7 +102,7 @@ def _add_product(total: torch.Tensor, gradient: torch.Tensor, rows: torch.Tensor
 def _scores(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log of the sum of exponentials and logit of the target, fp32 [C] each, and how many rows are correct."""
+    """Log of the sum of exponentials and target logit, fp32 [C] each, and how many rows are correct."""
     logits = F.linear(rows, weight, bias).float()
     best, guess = logits.max(dim=1)
     wanted = logits.gather(1, target[:, None]).squeeze(1)

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from rxt_dist.config import MoEConfig
-from rxt_dist.kernels.grouped_gemm import grouped_linear
+from rxt_dist.kernels.grouped_gemm import add_group_bias, grouped_linear
 from rxt_dist.kernels.permute import permute_rows, repeat_permuted
 from rxt_dist.model.feedforward import Activation, FeedForward, activate
 from rxt_dist.model.initialisation import Constant, Distribution, Normal, linear_default
@@ -127,13 +126,12 @@ class Experts(nn.Module):
         return _expert_distributions(self.init, self.w_in.shape[2], self.w_out.shape[2])
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor, expert_of_row: torch.Tensor) -> torch.Tensor:
-        # F.embedding: its backward sums the rows of an expert without atomic additions.
         hidden = grouped_linear(x, self.w_in, offsets)
         if self.b_in is not None:
-            hidden = hidden + F.embedding(expert_of_row, self.b_in)
+            hidden = add_group_bias(hidden, self.b_in, offsets, expert_of_row)
         out = grouped_linear(activate(hidden, self.activation, self.gated), self.w_out, offsets)
         if self.b_out is not None:
-            out = out + F.embedding(expert_of_row, self.b_out)
+            out = add_group_bias(out, self.b_out, offsets, expert_of_row)
         return out
 
 

@@ -166,7 +166,7 @@ class Trainer:
                         "corrupt_blocks": data.corrupt_blocks,
                     }
                     self._log(engine, stage, figures, rates, meter, tokens)
-                self._check_finite(stage, values["loss"])
+                self._check_finite(stage, {"loss": values["loss"], "gradient norm": engine.gradient_norm()})
             self._callbacks.on_step(step, tokens, time.perf_counter() - started, data.wait_seconds)
             if saves:
                 self._save(engine, stage, feed)
@@ -222,13 +222,14 @@ class Trainer:
         dist.all_reduce(metrics)
         return dict(zip(("loss", *engine.module.metric_names), metrics.tolist(), strict=True))
 
-    def _check_finite(self, stage: StageConfig, loss: float) -> None:
+    def _check_finite(self, stage: StageConfig, values: Mapping[str, float]) -> None:
         """A diverged run ends before it saves a checkpoint."""
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {self._position.step} (stage {stage.name}); "
-                "lower the learning rate or continue from an earlier checkpoint with --resume"
-            )
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the {name} is {value} at step {self._position.step} (stage {stage.name}); "
+                    "lower the learning rate or continue from an earlier checkpoint with --resume"
+                )
 
     def _save(self, engine: StageEngine, stage: StageConfig, feed: Feed) -> None:
         started = time.perf_counter()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rxt_dist.kernels.grouped_gemm as grouped_gemm
-from rxt_dist.kernels.grouped_gemm import grouped_linear
+from rxt_dist.kernels.grouped_gemm import add_group_bias, grouped_linear
 from rxt_dist.kernels.norm import RMS_EPS, rms_norm
 from rxt_dist.kernels.permute import permute_rows, repeat_permuted
 
@@ -92,5 +92,24 @@ def test_grouped_linear_without_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> N
     x, weight = torch.randn(6, 8), torch.randn(2, 4, 8)
     offsets = torch.tensor([2, 6], dtype=torch.int32)
     native = grouped_linear(x, weight, offsets)
-    monkeypatch.setattr(grouped_gemm, "_fits_grouped_mm", lambda x, weight: False)
+    monkeypatch.setattr(grouped_gemm, "_fits_grouped_mm", lambda dtype, *sizes: False)
     torch.testing.assert_close(grouped_linear(x, weight, offsets), native)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 24, 5])
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 4], [0, 0, 0, 0], [700, 0, 1, 300]])
+def test_group_bias(counts: list[int], width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    group_of_row = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+    offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
+    x = torch.randn(sum(counts), width, dtype=dtype, requires_grad=True)
+    bias = torch.randn(4, width, dtype=dtype, requires_grad=True)
+    factor = torch.randn(sum(counts), width, dtype=dtype)
+    out = add_group_bias(x, bias, offsets, group_of_row)
+    torch.testing.assert_close(out, x + bias[group_of_row])
+    (out * factor).sum().backward()
+    expected = torch.zeros(4, width, dtype=torch.float64).index_add_(0, group_of_row, factor.double())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
+    torch.testing.assert_close(bias.grad.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(x.grad, factor)
