@@ -30,9 +30,12 @@ _SHOWN_CHARACTERS = 6000
 _PRELOADED = [
     "torch",
     "torch._inductor.compile_fx",
+    "torch.distributed.checkpoint",
     "deepspeed.runtime.zero.muon.original_muon",
+    "pytest",
     "rxt_dist.train.run",
     "rxt_dist.train.trainer",
+    "helpers.preload",
 ]
 
 _server = multiprocessing.get_context("forkserver")
@@ -133,8 +136,9 @@ def _fork(function: Callable[..., None], arguments: tuple[object, ...]) -> ForkS
     own = dict(os.environ)
     _server.set_forkserver_preload(_PRELOADED)
     process = _server.Process(target=function, args=arguments)
+    folders = (str(REPOSITORY), str(REPOSITORY / "tests"), own.get("PYTHONPATH", ""))
     try:
-        os.environ.update(environment())  # the server inherits it
+        os.environ.update(environment() | {"PYTHONPATH": os.pathsep.join(folders)})  # the server inherits it
         process.start()
     finally:
         os.environ.clear()
