@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.datasets import Datasets
-from helpers.launch import deepspeed, run_ranks
+from helpers.launch import run_ranks
 from helpers.plain_smat import PlainSmat
 from helpers.runs import (
     arguments,
@@ -61,13 +61,11 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def runs(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Run folders by mesh; the run "2 ranks" is started by the deepspeed launcher."""
+    """Run folders by mesh."""
     found = {}
     for name, (ranks, own) in MESHES.items():
         folder = tmp_path_factory.mktemp("mesh")
-        command = arguments(datasets, folder / "run", SETTINGS | own)
-        start = deepspeed if name == "2 ranks" else run_ranks
-        start(ranks, command, folder).check()
+        run_ranks(ranks, arguments(datasets, folder / "run", SETTINGS | own), folder).check()
         found[name] = folder / "run"
     return found
 
