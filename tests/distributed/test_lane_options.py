@@ -20,7 +20,7 @@ from rxt_dist.stages.memory_statistics import MEMORY_STATISTICS
 
 TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 2e-4  # Adam divides by the gradient's size, so rounding shows where it is nearly zero
-LANES, WINDOW, STEPS = 8, 4, 7
+LANES, WINDOW, STEPS = 8, 4, 6
 STARTS = {"memory_attention": 2, "encoder": 4}
 SETTINGS: dict[str, Any] = {
     "batch.lanes": LANES,
@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "optimizer": "{lr: 3e-3, warmup_steps: 2, weight_decay: 0.1, min_lr_ratio: 0.1}",
     "checkpoint.every_steps": 1,
     "checkpoint.keep_last": 100,
+    "evaluation.max_conversations": 6,
     "stages": f"[{{name: smat, steps: {STEPS}, system_prompts: true, "
     f"unfreeze: {{memory_attention: {STARTS['memory_attention']}, encoder: {STARTS['encoder']}}}}}]",
 }

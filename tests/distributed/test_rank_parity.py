@@ -68,10 +68,11 @@ MESHES = {
     ),
 }
 SLOW = (
+    "4 ranks",
     "4 ranks, 4 expert ranks",
     "2 ranks, ZeRO 2",
     "2 ranks, accumulation",
-)  # another mesh has both at once
+)  # another mesh has several of them at once
 OTHERS = [
     pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
     for name in MESHES
