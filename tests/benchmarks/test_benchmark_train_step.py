@@ -1,23 +1,17 @@
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.launch import python
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = ["joint_lm", "interaction_sft", "memory_attention", "smat"]
 
 
 def train_step(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/train_step.py", "--folder", str(folder), *arguments]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=180
-    )
+    return python("benchmarks/train_step.py", "--folder", str(folder), *arguments)
 
 
 def test_every_stage_is_measured_and_nothing_is_left_behind(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Both start from the same whole model and see the same data. What they have in co
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,22 +73,27 @@ class Case(NamedTuple):
     recompute: str = "none"
 
     def config(self) -> RunConfig:
-        micro = UNITS // (self.world * self.accumulation)
-        values = SETTINGS | {
-            "model.embed_dim": 32,
-            "stages": f"[{STAGES[self.stage]}]",
-            "batch.packs": UNITS,
-            "batch.micro_packs": micro,
-            "batch.lanes": UNITS,
-            "batch.micro_lanes": micro,
-            "batch.window": WINDOW,
-            "zero.stage": self.zero,
-            "parallel.expert_size": self.expert_size,
-            "runtime.recompute": self.recompute,
-            "optimizer": f"{{clip_norm: {CLIP}, schedule: constant}}",
-            **{f"model.decoder.moe.{name}": value for name, value in VARIANTS[self.variant].items()},
-        }
-        return load_config("tiny", [f"{name}={value}" for name, value in values.items()], require_data=False)
+        return _config(self)
+
+
+@cache
+def _config(case: Case) -> RunConfig:
+    micro = UNITS // (case.world * case.accumulation)
+    values = SETTINGS | {
+        "model.embed_dim": 32,
+        "stages": f"[{STAGES[case.stage]}]",
+        "batch.packs": UNITS,
+        "batch.micro_packs": micro,
+        "batch.lanes": UNITS,
+        "batch.micro_lanes": micro,
+        "batch.window": WINDOW,
+        "zero.stage": case.zero,
+        "parallel.expert_size": case.expert_size,
+        "runtime.recompute": case.recompute,
+        "optimizer": f"{{clip_norm: {CLIP}, schedule: constant}}",
+        **{f"model.decoder.moe.{name}": value for name, value in VARIANTS[case.variant].items()},
+    }
+    return load_config("tiny", [f"{name}={value}" for name, value in values.items()], require_data=False)
 
 
 class Pieces:
@@ -170,15 +176,13 @@ def lane_steps(case: Case, rank: int) -> Iterator[list[tuple[Any, dict[str, int]
             yield [(batch, step.counts) for batch in step.batches]
 
 
-def run_on_ranks(folder: Path, cases: list[tuple[int, Case]]) -> None:
-    """On every rank: train all cases with both optimizers and write down what came of it."""
+def run_on_ranks(folder: Path, cases: list[tuple[int, Case, str]]) -> None:
+    """On every rank: train all cases, each with an optimizer, and write down what came of it."""
     join_deepspeed()
     rank = dist.get_rank()
-    for number, case in cases:
-        whole = whole_model(case)
-        for optimizer in OPTIMIZERS:
-            found = _train(case, model_of_rank(case, whole, rank), optimizer, rank)
-            torch.save(found, folder / f"{number}-{optimizer}-{rank}.pt")
+    for number, case, optimizer in cases:
+        found = _train(case, model_of_rank(case, whole_model(case), rank), optimizer, rank)
+        torch.save(found, folder / f"{number}-{optimizer}-{rank}.pt")
 
 
 def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, Any]:
