@@ -24,6 +24,7 @@ from rxt_dist.errors import CheckpointError
 from rxt_dist.files import OutputFolder
 from rxt_dist.interchange.files import CONFIG_FILE, TENSOR_FILE, TensorFile, read_json, write_tensors
 from rxt_dist.model import RxTModel
+from rxt_dist.model.canonical import named_tensors
 
 COMPONENTS = ("encoder", "decoder", "mlm_head", "memory_attention")
 FORMAT_VERSION = 1
@@ -76,15 +77,12 @@ class NativeReader:
         if missing and not allow_missing:
             raise CheckpointError(f"{self.path}: the folder has no tensor {missing[0]}")
         with torch.no_grad():
-            parameters = dict(model.named_parameters())
+            tensors = named_tensors(model)
             for name, parts in canonical_parts(model).items():
                 if belongs(name, self.components):
                     for part in parts:
                         whole = self._file[part.name].view(-1)
-                        part.of(parameters[name].view(-1)).copy_(whole[part.offset :][: part.held])
-            for name, buffer in model.named_buffers():
-                if belongs(name, self.components):
-                    buffer.copy_(self._file[name])
+                        part.of(tensors[name].view(-1)).copy_(whole[part.offset :][: part.held])
         return missing
 
     def check_shapes(self, model: RxTModel) -> list[str]:
@@ -95,7 +93,6 @@ class NativeReader:
         """
         parts = [part for found in canonical_parts(model).values() for part in found]
         shapes = {part.name: part.shape for part in parts if belongs(part.name, COMPONENTS)}
-        shapes |= {n: tuple(b.shape) for n, b in model.named_buffers() if belongs(n, COMPONENTS)}
         expected = {name: shape for name, shape in shapes.items() if belongs(name, self.components)}
         for name, shape in expected.items():
             found = self._file.shapes.get(name)
@@ -155,16 +152,13 @@ def write_native(
 
 
 def component_tensors(model: RxTModel, components: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(canonical name, view) of every tensor of ``components`` of a whole model, running means included."""
-    parameters = dict(model.named_parameters())
+    """(canonical name, view) of every tensor of ``components`` of a whole model, buffers included."""
+    tensors = named_tensors(model)
     for name, parts in canonical_parts(model).items():
         if belongs(name, components):
-            flat = parameters[name].detach().view(-1)
+            flat = tensors[name].detach().view(-1)
             for part in parts:
                 yield part.name, part.of(flat).view(part.shape)
-    for name, buffer in model.named_buffers():
-        if belongs(name, components):
-            yield name, buffer
 
 
 def belongs(name: str, components: Collection[str]) -> bool:

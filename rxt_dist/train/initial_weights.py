@@ -23,7 +23,15 @@ logger = logging.getLogger(__name__)
 # Fields of all components that change what their weights compute; sizes show in the weights' shapes.
 _SHARED = ("norm", "rope_base", "rope_layout", "rope_angle_dtype")
 # Fields of a component that matter before or while it is trained, not to weights that exist.
-_TRAINING_ONLY = {"expert_init", "aux_loss", "aux_loss_scale", "init", "bias_init", "norm_gate_init"}
+_TRAINING_ONLY = {
+    "expert_init",
+    "aux_loss",
+    "aux_loss_scale",
+    "z_loss_weight",
+    "init",
+    "bias_init",
+    "norm_gate_init",
+}
 
 
 def open_weights(path: Path, *, verified: bool = False) -> CheckpointReader | NativeReader:
