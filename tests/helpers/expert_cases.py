@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from helpers import naive
 from helpers.engines import join_deepspeed, start_engine
 from helpers.lanes import (
