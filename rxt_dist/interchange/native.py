@@ -31,6 +31,8 @@ FORMAT_VERSION = 1
 
 _STM = "stm"
 _EMBEDDING = "encoder.embedding."
+# Not part of models that were not trained with it; it starts from 0.
+_SELECTION_BIAS = ".router.selection_bias"
 _FIELDS = {"format_version", "components", "list_experts", "model"}
 
 
@@ -70,7 +72,7 @@ class NativeReader:
     def load_weights(self, model: RxTModel, *, allow_missing: bool = False) -> list[str]:
         """Fill the tensors of the stored components in place; those of ``model`` keep dtype and device.
 
-        Returns the canonical names that the folder lacks because it lacks their component (only with
+        Returns the canonical names that the folder lacks, see :meth:`check_shapes` (only with
         ``allow_missing``). Raises :class:`CheckpointError` as :meth:`check_shapes` does.
         """
         missing = self.check_shapes(model)
@@ -80,20 +82,25 @@ class NativeReader:
             tensors = named_tensors(model)
             for name, parts in canonical_parts(model).items():
                 if belongs(name, self.components):
-                    for part in parts:
+                    for part in (part for part in parts if part.name not in missing):
                         whole = self._file[part.name].view(-1)
                         part.of(tensors[name].view(-1)).copy_(whole[part.offset :][: part.held])
         return missing
 
     def check_shapes(self, model: RxTModel) -> list[str]:
-        """Canonical names of ``model`` (on any device) whose component the folder lacks.
+        """Canonical names of ``model`` (on any device) whose component the folder lacks, and of selection
+        biases that it lacks.
 
-        Raises :class:`CheckpointError` unless the folder has every tensor of its components in the model's
-        shape, and no other.
+        Raises :class:`CheckpointError` unless the folder has every other tensor of its components in the
+        model's shape, and no other.
         """
         parts = [part for found in canonical_parts(model).values() for part in found]
         shapes = {part.name: part.shape for part in parts if belongs(part.name, COMPONENTS)}
-        expected = {name: shape for name, shape in shapes.items() if belongs(name, self.components)}
+        expected = {
+            name: shape
+            for name, shape in shapes.items()
+            if belongs(name, self.components) and (name in self._file or not name.endswith(_SELECTION_BIAS))
+        }
         for name, shape in expected.items():
             found = self._file.shapes.get(name)
             if found is None:

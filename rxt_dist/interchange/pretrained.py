@@ -154,7 +154,7 @@ def _allocate(
     device: torch.device,
     dtype_of: Callable[[list[str]], torch.dtype],
 ) -> None:
-    """Uninitialised memory for the parameters and buffers of ``components``.
+    """Memory for the parameters and buffers of ``components``; only selection biases are filled, with 0.
 
     ``dtype_of`` gives the dtype of a tensor from the canonical names that it is made of.
     """
@@ -165,9 +165,11 @@ def _allocate(
             continue
         owner, _, attribute = name.rpartition(".")
         names = [part.name for part in parts[name]]
-        # Selection biases keep the dtype that they are made with.
-        dtype = tensor.dtype if isinstance(modules[owner], Router) else dtype_of(names)
-        empty: Any = torch.empty(tensor.shape, dtype=dtype, device=device)
+        empty: Any
+        if isinstance(modules[owner], Router):  # a selection bias, which files need not have
+            empty = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        else:
+            empty = torch.empty(tensor.shape, dtype=dtype_of(names), device=device)
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         setattr(modules[owner], attribute, empty)
