@@ -58,7 +58,8 @@ class _Operators(TorchDispatchMode):
         sizes = name in _SIZED_BY_VALUES or (name == "index" and _by_mask(args[1]))
         repeats = func is torch.ops.aten.repeat_interleave.Tensor and options.get("output_size") is None
         result = func(*args, **options)
-        if not self.silent and (sizes or repeats or isinstance(result, (bool, int, float))):
+        reads = isinstance(result, (bool, int, float)) and any(isinstance(one, torch.Tensor) for one in args)
+        if not self.silent and (sizes or repeats or reads):
             self.called.append(name)
         return result
 

@@ -65,7 +65,7 @@ def test_bf16_on_cuda_is_near_fp32_and_never_waits_for_the_device() -> None:
 
 
 def test_balanced_experts_never_wait_for_the_device() -> None:
-    """Losses, counts, shares and biases of two steps; as a check, that reading one of them would be an error."""
+    """Losses, counts, shares and biases of two steps; reading one of them would be an error."""
     config = model_config(embed_dim=64, decoder={"moe": BALANCED})
     model = build_model(config, seed=0)
     perturb(model)
