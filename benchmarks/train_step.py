@@ -73,8 +73,9 @@ MIB = 1 << 20
 class Clock:
     """Ends of the phases of every step, on the device's clock where it has one (no synchronisation)."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, phases: Sequence[str] = PHASES) -> None:
         self._on_gpu = device.type == "cuda"
+        self._phases = phases
         self._steps: list[list[tuple[str, Any]]] = []
 
     def start_step(self) -> None:
@@ -91,7 +92,7 @@ class Clock:
         steps, self._steps = self._steps, []
         result = []
         for marks in steps:
-            seconds = dict.fromkeys(PHASES, 0.0)
+            seconds = dict.fromkeys(self._phases, 0.0)
             for (_, before), (phase, after) in pairwise(marks):
                 seconds[phase] += self._seconds(before, after)
             result.append(seconds)
