@@ -60,6 +60,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--facts", type=int, default=1, help="facts a statement (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     parser.add_argument("--conversations", type=int, default=60_000, help="trained on (default: %(default)s)")
+    parser.add_argument("--stories", type=int, default=20_000, help="trained on (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=2_000, help="of each kind (default: %(default)s)")
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side (default: %(default)s)")
     add_overrides(parser, "batch.lanes=512")
@@ -69,8 +70,9 @@ def _arguments() -> argparse.Namespace:
 def _prepare_data(data: Path, arguments: argparse.Namespace) -> None:
     shape = ["--distance-weights", "linear", "--facts-per-statement", str(arguments.facts)]
     trained = ["--max-interactions", "10", "--conversations", str(arguments.conversations)]
+    trained += ["--stories", str(arguments.stories), "--seed", str(_TRAINED_SEED)]
     held_out = ["--conversations", str(arguments.held_out), "--stories", "1", "--max-interactions", "10"]
-    raw = {"trained": [*trained, "--stories", "20000", "--seed", str(_TRAINED_SEED)]}
+    raw = {"trained": trained}
     for name, special in EVALUATED.items():
         raw[name] = [*held_out, *special, "--seed", str(_HELD_OUT_SEED)]
     for name, options in raw.items():

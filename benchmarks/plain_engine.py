@@ -64,6 +64,9 @@ class PlainEngine:
                 for master in group["params"]:
                     self._optimizer.state.pop(master, None)
 
+    def end_step(self) -> None:
+        """Nothing: experts are not balanced here."""
+
     def forward(
         self, batch: Any, counts: Mapping[str, int], stm: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

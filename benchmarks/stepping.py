@@ -115,6 +115,7 @@ class Loop:
             if self.count_flops:
                 trains = self.engine.module.trains
                 self.flops += batch_flops(self.config, self.stage, batch, trains).total
+        self.engine.end_step()
         self.losses.append(torch.stack(shares).sum())
         self._number += 1
 

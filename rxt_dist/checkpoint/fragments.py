@@ -83,7 +83,7 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
 
 @dataclass(frozen=True)
 class CanonicalPart:
-    """What a parameter holds of one canonical tensor: a contiguous run of the flat values of both.
+    """What a parameter or buffer holds of one canonical tensor: a contiguous run of the flat values of both.
 
     A fused parameter holds several canonical tensors, one of spread experts a run of one.
     """
@@ -109,7 +109,8 @@ class CanonicalPart:
 
 
 def canonical_parts(module: torch.nn.Module) -> dict[str, list[CanonicalPart]]:
-    """Map every parameter name of ``module`` to the canonical tensors it holds, in storage order.
+    """Map the name of every parameter and buffer of ``module`` to the canonical tensors it holds, in storage
+    order.
 
     Shared parameters appear once, under the first name ``named_parameters`` gives them. A module with the
     attribute ``total_experts`` holds of so many only its own, from ``first_expert`` on.
@@ -131,6 +132,8 @@ def canonical_parts(module: torch.nn.Module) -> dict[str, list[CanonicalPart]]:
             start += rows * row
         assert start == parameter.numel(), f"{name}: canonical parts do not cover the parameter"
         result[name] = entries
+    for name, buffer in module.named_buffers():
+        result[name] = [CanonicalPart(name, tuple(buffer.shape), 0, buffer.numel())]
     return result
 
 

@@ -23,6 +23,7 @@ from rxt_dist.checkpoint.save import (
 )
 from rxt_dist.checkpoint.state import TrainerState
 from rxt_dist.errors import CheckpointError
+from rxt_dist.model.canonical import named_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class CheckpointReader:
         self.state = TrainerState.from_dict(values, str(path / STATE_FILE))
 
     def load_weights(self, model: torch.nn.Module, *, allow_missing: bool = False) -> list[str]:
-        """Fill the fp32 CPU parameters of ``model`` in place, whatever mesh wrote them.
+        """Fill the fp32 CPU parameters and buffers of ``model`` in place, whatever mesh wrote them.
 
         Returns the canonical names the checkpoint lacks (only with ``allow_missing``). Raises
         :class:`CheckpointError` naming a tensor that is missing or has another shape.
@@ -111,9 +112,9 @@ class CheckpointReader:
         if missing and not allow_missing:
             raise CheckpointError(f"{self.path}: the checkpoint has no tensor {missing[0]}")
         wanted: dict[str, Fragment] = {}
-        parameters = dict(model.named_parameters())
+        tensors = named_tensors(model)
         for name, parts in canonical_parts(model).items():
-            flat = parameters[name].data.view(-1)
+            flat = tensors[name].data.view(-1)
             for part in parts:
                 if part.name in self.state.tensor_shapes:
                     wanted[f"weight.{part.name}"] = Fragment(part.numel, part.offset, part.of(flat))

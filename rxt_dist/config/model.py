@@ -131,10 +131,21 @@ class MoEConfig(Section):
     """Whether the routed sum is scaled by K/(K+S) and the shared one by S/(K+S), S shared experts."""
     expert_init: Literal["normal", "linear"] = "normal"
     """Initial expert weights. normal: N(0, 0.02²), biases 0; linear: as linear layers, U(±1/sqrt(fan-in))."""
-    aux_loss: Literal["reference", "none"] = "reference"
-    """reference: (E/K) times the mean of the chosen experts' probability mass, which flattens routing."""
+    aux_loss: Literal["reference", "switch", "none"] = "reference"
+    """reference: (E/K) times the mean of the chosen experts' probability mass, which flattens routing.
+    switch: E times the sum over experts of share of tokens times mean probability, which evens out loads."""
     aux_loss_scale: float = Field(0.01, ge=0)
     """Factor of the auxiliary loss in the total loss."""
+    z_loss_weight: float = Field(0.0, ge=0)
+    """Factor of the router z-loss in the total loss: the mean square of log sum exp of a router's logits."""
+    bias_update_rate: float | None = Field(None, ge=0, lt=1)
+    """Balancing without a loss: experts are chosen by probability plus a bias of each, which every step moves
+    by this much towards even loads (published: 0.001). 0: biases stay as they were loaded; null: none."""
+
+    @property
+    def needs_loads(self) -> bool:
+        """Whether training depends on how many tokens each expert got in the step before."""
+        return self.aux_loss == "switch" or self.bias_update_rate is not None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -142,6 +153,9 @@ class MoEConfig(Section):
         if self.top_k > self.num_experts:
             valid = f"must be at most num_experts, valid: 1 to {self.num_experts}"
             problems.append(Problem("top_k", f"found {self.top_k}; {valid}"))
+        if self.top_k == self.num_experts and self.bias_update_rate is not None:
+            unused = f"has no effect when every token visits all {self.num_experts} experts; valid: null"
+            problems.append(Problem("bias_update_rate", unused))
         if self.num_shared_experts == 0:
             unused = "has no effect without shared experts; set num_shared_experts, or use the valid value: "
             if self.shared_expert_dim is not None:

@@ -36,6 +36,7 @@ from rxt_dist.interchange.reference import (
 )
 from rxt_dist.model import Decoder, Encoder, MemoryAttention, MLMHead
 from rxt_dist.model.heads import vocabulary
+from rxt_dist.model.moe import Router
 from rxt_dist.model.rope import rotary_angles, rotary_frequencies
 
 Component = Encoder | Decoder | MLMHead | MemoryAttention
@@ -80,6 +81,7 @@ def reference_of(
         kept[STM_KEY] = as_lanes(stm.detach())
         check_stored_stm(kept[STM_KEY], config)
     if isinstance(component, Decoder):
+        _refuse_selection_bias(component)
         entries = decoder_entries(component, list_experts=False)
         return ReferenceDecoder(component, "RxTDecoder", _decoder(config), config, entries, kept, {})
     if isinstance(component, Encoder):
@@ -226,6 +228,15 @@ def _decoder(config: ModelConfig) -> dict[str, Any]:
     if part.moe is not None:
         arguments |= _moe(part.moe)
     return arguments
+
+
+def _refuse_selection_bias(decoder: Decoder) -> None:
+    biases = [part.selection_bias for part in decoder.modules() if isinstance(part, Router)]
+    if any(bias is not None and bool(bias.any()) for bias in biases):
+        raise ConfigError(
+            "model.decoder.moe.bias_update_rate: found selection biases other than 0, which published "
+            "components do not have; valid: routers without them, or a native folder"
+        )
 
 
 def _moe(moe: MoEConfig) -> dict[str, Any]:

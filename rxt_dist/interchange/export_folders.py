@@ -16,7 +16,7 @@ from rxt_dist.errors import CheckpointError, ConfigError
 from rxt_dist.files import OutputFolder
 from rxt_dist.interchange.export import convert_rope_layout, reference_of
 from rxt_dist.interchange.files import CONFIG_FILE, TENSOR_FILE, write_tensors
-from rxt_dist.interchange.mapping import decoder_entries, named_tensors
+from rxt_dist.interchange.mapping import decoder_entries
 from rxt_dist.interchange.native import COMPONENTS, NativeReader
 from rxt_dist.interchange.pretrained import Pretrained, load_pretrained
 from rxt_dist.interchange.published import (
@@ -27,6 +27,7 @@ from rxt_dist.interchange.published import (
 )
 from rxt_dist.interchange.reference import ReferenceModule
 from rxt_dist.model import Decoder
+from rxt_dist.model.canonical import named_tensors
 from rxt_dist.model.stm import draw_stm
 
 FULL = "full"

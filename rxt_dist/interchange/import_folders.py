@@ -18,7 +18,6 @@ from rxt_dist.config.model import SpecialTokens
 from rxt_dist.config.problems import explain
 from rxt_dist.errors import CheckpointError
 from rxt_dist.interchange.export import convert_rope_layout
-from rxt_dist.interchange.mapping import named_tensors
 from rxt_dist.interchange.native import COMPONENTS, write_native
 from rxt_dist.interchange.pretrained import widest
 from rxt_dist.interchange.published import (
@@ -36,6 +35,7 @@ from rxt_dist.interchange.reference import (
 )
 from rxt_dist.interchange.tokenizer import import_tokenizer, special_tokens
 from rxt_dist.model import RxTModel
+from rxt_dist.model.canonical import named_tensors
 
 RopeLayout = Literal["interleaved", "halves"]
 

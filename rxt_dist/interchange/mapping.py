@@ -15,6 +15,7 @@ from torch import nn
 from rxt_dist.errors import CheckpointError
 from rxt_dist.model import Decoder, Encoder, MLMHead
 from rxt_dist.model.attention import CrossAttention, SelfAttention
+from rxt_dist.model.canonical import named_tensors
 from rxt_dist.model.feedforward import FeedForward
 from rxt_dist.model.layer import Layer
 from rxt_dist.model.moe import MoE, SharedExperts
@@ -104,11 +105,6 @@ def _check_form(key: str, stored: torch.Tensor, shape: torch.Size) -> None:
     if not stored.dtype.is_floating_point:
         found = str(stored.dtype).removeprefix("torch.")
         raise CheckpointError(f"{key}: found {found} numbers; expected floating point numbers")
-
-
-def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of ``module`` by name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def collect(entries: list[Entry], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -24,12 +24,15 @@ from rxt_dist.errors import CheckpointError
 from rxt_dist.files import OutputFolder
 from rxt_dist.interchange.files import CONFIG_FILE, TENSOR_FILE, TensorFile, read_json, write_tensors
 from rxt_dist.model import RxTModel
+from rxt_dist.model.canonical import named_tensors
 
 COMPONENTS = ("encoder", "decoder", "mlm_head", "memory_attention")
 FORMAT_VERSION = 1
 
 _STM = "stm"
 _EMBEDDING = "encoder.embedding."
+# Not part of models that were not trained with it; it starts from 0.
+_SELECTION_BIAS = ".router.selection_bias"
 _FIELDS = {"format_version", "components", "list_experts", "model"}
 
 
@@ -69,34 +72,35 @@ class NativeReader:
     def load_weights(self, model: RxTModel, *, allow_missing: bool = False) -> list[str]:
         """Fill the tensors of the stored components in place; those of ``model`` keep dtype and device.
 
-        Returns the canonical names that the folder lacks because it lacks their component (only with
+        Returns the canonical names that the folder lacks, see :meth:`check_shapes` (only with
         ``allow_missing``). Raises :class:`CheckpointError` as :meth:`check_shapes` does.
         """
         missing = self.check_shapes(model)
         if missing and not allow_missing:
             raise CheckpointError(f"{self.path}: the folder has no tensor {missing[0]}")
         with torch.no_grad():
-            parameters = dict(model.named_parameters())
+            tensors = named_tensors(model)
             for name, parts in canonical_parts(model).items():
                 if belongs(name, self.components):
-                    for part in parts:
+                    for part in (part for part in parts if part.name not in missing):
                         whole = self._file[part.name].view(-1)
-                        part.of(parameters[name].view(-1)).copy_(whole[part.offset :][: part.held])
-            for name, buffer in model.named_buffers():
-                if belongs(name, self.components):
-                    buffer.copy_(self._file[name])
+                        part.of(tensors[name].view(-1)).copy_(whole[part.offset :][: part.held])
         return missing
 
     def check_shapes(self, model: RxTModel) -> list[str]:
-        """Canonical names of ``model`` (on any device) whose component the folder lacks.
+        """Canonical names of ``model`` (on any device) whose component the folder lacks, and of selection
+        biases that it lacks.
 
-        Raises :class:`CheckpointError` unless the folder has every tensor of its components in the model's
-        shape, and no other.
+        Raises :class:`CheckpointError` unless the folder has every other tensor of its components in the
+        model's shape, and no other.
         """
         parts = [part for found in canonical_parts(model).values() for part in found]
         shapes = {part.name: part.shape for part in parts if belongs(part.name, COMPONENTS)}
-        shapes |= {n: tuple(b.shape) for n, b in model.named_buffers() if belongs(n, COMPONENTS)}
-        expected = {name: shape for name, shape in shapes.items() if belongs(name, self.components)}
+        expected = {
+            name: shape
+            for name, shape in shapes.items()
+            if belongs(name, self.components) and (name in self._file or not name.endswith(_SELECTION_BIAS))
+        }
         for name, shape in expected.items():
             found = self._file.shapes.get(name)
             if found is None:
@@ -155,16 +159,13 @@ def write_native(
 
 
 def component_tensors(model: RxTModel, components: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(canonical name, view) of every tensor of ``components`` of a whole model, running means included."""
-    parameters = dict(model.named_parameters())
+    """(canonical name, view) of every tensor of ``components`` of a whole model, buffers included."""
+    tensors = named_tensors(model)
     for name, parts in canonical_parts(model).items():
         if belongs(name, components):
-            flat = parameters[name].detach().view(-1)
+            flat = tensors[name].detach().view(-1)
             for part in parts:
                 yield part.name, part.of(flat).view(part.shape)
-    for name, buffer in model.named_buffers():
-        if belongs(name, components):
-            yield name, buffer
 
 
 def belongs(name: str, components: Collection[str]) -> bool:

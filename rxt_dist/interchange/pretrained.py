@@ -29,6 +29,8 @@ from rxt_dist.interchange.native import (
     write_native,
 )
 from rxt_dist.model import RxTModel
+from rxt_dist.model.canonical import named_tensors
+from rxt_dist.model.moe import Router
 from rxt_dist.model.stm import initial_stm
 
 _RUN_CONFIG = "config.yaml"
@@ -133,7 +135,6 @@ def _load_checkpoint(path: Path, device: torch.device, dtype: torch.dtype | None
     with torch.device("meta"):
         model = RxTModel(config)
     _allocate(model, COMPONENTS, torch.device("cpu"), lambda names: torch.float32)
-    model.memory_attention.reset_statistics()
     reader.load_weights(model)
     model.to(device=device, dtype=dtype)
     return Pretrained(model.eval(), load_tokenizer(reader.path), frozenset(COMPONENTS), stm)
@@ -153,19 +154,22 @@ def _allocate(
     device: torch.device,
     dtype_of: Callable[[list[str]], torch.dtype],
 ) -> None:
-    """Uninitialised memory for the parameters and buffers of ``components``.
+    """Memory for the parameters and buffers of ``components``; only selection biases are filled, with 0.
 
     ``dtype_of`` gives the dtype of a tensor from the canonical names that it is made of.
     """
     modules = dict(model.named_modules())
     parts = canonical_parts(model)
-    owned: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in owned:
+    for name, tensor in named_tensors(model).items():
         if not belongs(name, components):
             continue
         owner, _, attribute = name.rpartition(".")
-        names = [part.name for part in parts[name]] if name in parts else [name]
-        empty = torch.empty(tensor.shape, dtype=dtype_of(names), device=device)
+        names = [part.name for part in parts[name]]
+        empty: Any
+        if isinstance(modules[owner], Router):  # a selection bias, which files need not have
+            empty = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        else:
+            empty = torch.empty(tensor.shape, dtype=dtype_of(names), device=device)
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         setattr(modules[owner], attribute, empty)

@@ -41,7 +41,6 @@ from rxt_dist.interchange.mapping import (
     encoder_entries,
     load_entries,
     mlm_head_entries,
-    named_tensors,
 )
 from rxt_dist.interchange.memory import (
     VARIANTS,
@@ -59,6 +58,7 @@ from rxt_dist.model import (
     MLMHead,
     SequenceLayout,
 )
+from rxt_dist.model.canonical import named_tensors
 
 STM_KEY = "model.stm.memory"
 

@@ -6,7 +6,13 @@ tensors, because rows of a fused tensor cut over ranks would belong to different
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+
+
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of ``module`` by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def canonical_map(model: nn.Module) -> dict[str, list[tuple[str, int]]]:

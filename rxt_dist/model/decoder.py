@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rxt_dist.config import ModelConfig
+from rxt_dist.model.balance import RouterSums
 from rxt_dist.model.cache import KeysValues, KeyValueCache, LayerCache
 from rxt_dist.model.feedforward import FeedForward
 from rxt_dist.model.heads import LMHead, vocabulary
@@ -28,11 +29,14 @@ class DecoderOutput:
     Attributes:
         hidden: [N, D], after the head norm where there is one; the LM head's input.
         aux_sum: fp32 scalar, sum over the N tokens of the experts' balance value, averaged over the
-            mixture-of-experts layers (final stateless layers left out); 0 for a dense decoder.
+            mixture-of-experts layers (for the reference value without final stateless layers, which published
+            models leave out); 0 where there is none.
+        z_sum: the same of the router z-loss, over all layers.
     """
 
     hidden: torch.Tensor
     aux_sum: torch.Tensor
+    z_sum: torch.Tensor
 
 
 class Decoder(nn.Module):
@@ -60,6 +64,7 @@ class Decoder(nn.Module):
         self.final_stateless_layers = nn.ModuleList(
             _stateless(config, kind) for kind in part.final_stateless_layers
         )
+        self.ends_unbalanced = part.moe is not None and part.moe.aux_loss == "reference"
         self.head_norm = None if part.head_norm == "none" else make_norm(part.head_norm, width)
         self.lm_head = LMHead(config)
 
@@ -84,27 +89,33 @@ class Decoder(nn.Module):
         rotation = (
             None if self.rope is None else self.rope.rotation(layout.positions, self.head_width, x.dtype)
         )
-        balances: list[torch.Tensor | None] = []
+        found: list[RouterSums | None] = []
         caches: Iterator[LayerCache | None] = repeat(None) if cache is None else iter(cache.layers)
         for layer in self.stateless_layers:
-            x, balance = layer(x, groups, rotation, cache=next(caches))
-            balances.append(balance)
+            x, sums = layer(x, groups, rotation, cache=next(caches))
+            found.append(sums)
         rows = None
         if memory is not None:
             rows = memory.up_to_position(layout) if self.causal_cross else memory.layout
         for index, layer in enumerate(self.layers):
             if memory is None:
-                x, balance = layer(x, groups, rotation, cache=next(caches))
+                x, sums = layer(x, groups, rotation, cache=next(caches))
             else:
-                x, balance = layer(x, groups, rotation, memory.states[index], rows, cache=next(caches))
-            balances.append(balance)
+                x, sums = layer(x, groups, rotation, memory.states[index], rows, cache=next(caches))
+            found.append(sums)
         for layer in self.final_stateless_layers:
-            x, _ = layer(x, groups, rotation, cache=next(caches))
+            x, sums = layer(x, groups, rotation, cache=next(caches))
+            found.append(sums._replace(balance=None) if sums is not None and self.ends_unbalanced else sums)
         if self.head_norm is not None:
             x = self.head_norm(x)
-        present = [balance for balance in balances if balance is not None]
-        aux_sum = torch.stack(present).mean() if present else x.new_zeros((), dtype=torch.float32)
-        return DecoderOutput(x, aux_sum)
+        present = [sums for sums in found if sums is not None]
+        return DecoderOutput(x, _mean([s.balance for s in present], x), _mean([s.z for s in present], x))
+
+
+def _mean(values: Iterable[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
+    """Mean of the scalars that there are; an fp32 zero on the device of ``like`` if there is none."""
+    present = [value for value in values if value is not None]
+    return torch.stack(present).mean() if present else like.new_zeros((), dtype=torch.float32)
 
 
 def _feed_forward(config: ModelConfig, kind: str, dense_width: int) -> FeedForward | MoE:

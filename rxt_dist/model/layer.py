@@ -14,6 +14,7 @@ from rxt_dist.config import AttentionConfig
 from rxt_dist.kernels.attention import AttentionLayout
 from rxt_dist.kernels.compilation import compiled
 from rxt_dist.model.attention import CrossAttention, SelfAttention
+from rxt_dist.model.balance import RouterSums
 from rxt_dist.model.cache import KeysValues, LayerCache
 from rxt_dist.model.feedforward import FeedForward
 from rxt_dist.model.moe import MoE
@@ -30,7 +31,7 @@ class Layer(nn.Module):
             which tokens read which of them; None skips the cross-attention.
         cache: keys and values of the tokens before these; None if there are none.
 
-    Returns ([N, D] residual stream, fp32 scalar balance sum of a mixture of experts or None).
+    Returns ([N, D] residual stream, losses of a mixture of experts' router or None).
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Layer(nn.Module):
         memory: torch.Tensor | KeysValues | None = None,
         memory_layout: AttentionLayout | None = None,
         cache: LayerCache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, RouterSums | None]:
         x = x + self.attention(self.attention_norm(x), layout, rotation, cache)
         if self.cross_attention is not None and self.cross_norm is not None and memory is not None:
             rows = memory if isinstance(memory, KeysValues) else self.read(memory)
@@ -81,5 +82,5 @@ class Layer(nn.Module):
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, FeedForward):
             return x + self.feed_forward(normed), None
-        out, balance = self.feed_forward(normed)
-        return x + out, balance
+        out, sums = self.feed_forward(normed)
+        return x + out, sums

@@ -16,7 +16,7 @@ from rxt_dist.model.encoder import Encoder
 from rxt_dist.model.heads import MLMHead
 from rxt_dist.model.initialisation import Distribution, Normal, Uniform, initialise, linear_default
 from rxt_dist.model.memory_attention import MemoryAttention
-from rxt_dist.model.moe import MoE
+from rxt_dist.model.moe import MoE, Router
 
 
 class RxTModel(nn.Module):
@@ -33,6 +33,13 @@ class RxTModel(nn.Module):
         self.decoder.embedding = self.encoder.embedding
         self.mlm_head = MLMHead(config)
         self.memory_attention = MemoryAttention(config)
+
+    def reset_statistics(self) -> None:
+        """Give buffers their initial values: running means of norms, selection biases of experts."""
+        self.memory_attention.reset_statistics()
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.reset_statistics()
 
     def initial_distributions(self) -> dict[str, Distribution]:
         bound = linear_default(self.config.embed_dim).bound * self.config.query_key_init_scale
@@ -61,7 +68,7 @@ def build_model(config: ModelConfig, seed: int, reduce: Callable[[RxTModel], Non
         reduce(model)
     model.to_empty(device="cpu")
     initialise(model, seed)
-    model.memory_attention.reset_statistics()
+    model.reset_statistics()
     return model
 
 

@@ -9,8 +9,9 @@ F hidden width of an expert, S shared experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torch import nn
 from rxt_dist.config import MoEConfig
 from rxt_dist.kernels.grouped_gemm import add_group_bias, grouped_linear
 from rxt_dist.kernels.permute import permute_rows, repeat_permuted
+from rxt_dist.model.balance import RouterSums, count_experts, load_shares, switch_loss, z_loss
 from rxt_dist.model.feedforward import Activation, FeedForward, activate
 from rxt_dist.model.initialisation import Constant, Distribution, Normal, linear_default
 
@@ -33,11 +35,14 @@ class Routing:
     Attributes:
         weights: fp32 [N, K], summing to 1 over K; experts: int64 [N, K].
         chosen_mass: fp32 [N], probability that the router gave to the chosen experts together.
+        logits: [N, E]; probabilities: fp32 [N, E].
     """
 
     weights: torch.Tensor
     experts: torch.Tensor
     chosen_mass: torch.Tensor
+    logits: torch.Tensor
+    probabilities: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,20 +81,45 @@ def _expert_distributions(init: ExpertInit, width: int, hidden: int) -> dict[str
 
 
 class Router(nn.Module):
-    """Softmax over all experts in fp32, the K largest, renormalised. x [N, D] -> :class:`Routing`."""
+    """Softmax over all experts in fp32, the K largest, renormalised. x [N, D] -> :class:`Routing`.
 
-    def __init__(self, width: int, num_experts: int, top_k: int) -> None:
+    With a selection bias the K largest sums of probability and bias are chosen; their weights are made of the
+    probabilities alone. The bias is no parameter: training moves it by the loads of the experts.
+    """
+
+    selection_bias: torch.Tensor | None
+    """fp32 [E] whatever the dtype of the weights: its steps are finer than bf16."""
+
+    def __init__(self, width: int, num_experts: int, top_k: int, *, biased: bool = False) -> None:
         super().__init__()
         self.top_k = top_k
         self.proj = nn.Linear(width, num_experts, bias=False)
+        self.register_buffer("selection_bias", torch.zeros(num_experts) if biased else None)
+
+    def reset_statistics(self) -> None:
+        """Start the selection bias anew, from 0."""
+        if self.selection_bias is not None:
+            self.selection_bias.zero_()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        exact = self.selection_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        applied = self.selection_bias
+        if exact is not None and applied is not None and applied.dtype != exact.dtype:
+            self.selection_bias = exact.to(applied.device)  # moved with the weights, but not cast with them
+        return self
 
     def forward(self, x: torch.Tensor) -> Routing:
         logits = self.proj(x)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         probabilities = torch.softmax(logits, dim=-1, dtype=dtype)
-        top, experts = probabilities.topk(self.top_k, dim=-1)
+        if self.selection_bias is None:
+            top, experts = probabilities.topk(self.top_k, dim=-1)
+        else:
+            experts = (probabilities.detach() + self.selection_bias).topk(self.top_k, dim=-1).indices
+            top = probabilities.gather(1, experts)
         mass = top.sum(dim=-1)
-        return Routing(top / (mass[:, None] + _WEIGHT_EPS), experts, mass)
+        return Routing(top / (mass[:, None] + _WEIGHT_EPS), experts, mass, logits, probabilities)
 
 
 class Experts(nn.Module):
@@ -186,9 +216,9 @@ class SharedExperts(nn.Module):
 class MoE(nn.Module):
     """Routed experts, plus shared ones where configured.
 
-    x [N, D] -> (output [N, D], fp32 scalar: sum over tokens of the balance value). The balance value of a
-    token is (E/K) times the probability mass of its chosen experts (1 to E/K), plus the deviation of the
-    shared experts' gate where there are several; 0 with ``aux_loss: none``.
+    x [N, D] -> (output [N, D], :class:`RouterSums`). The balance value of a token is, by ``aux_loss``:
+    reference, (E/K) times the probability mass of its chosen experts (1 to E/K), plus the deviation of the
+    shared experts' gate where there are several; switch, that of :func:`switch_loss`.
     """
 
     def __init__(
@@ -198,7 +228,12 @@ class MoE(nn.Module):
         self.config = config
         self.loads: torch.Tensor | None = None
         """int64 [E], to which every pass adds the tokens of each expert; None: nobody wants to know."""
-        self.router = Router(width, config.num_experts, config.top_k)
+        self.shares: torch.Tensor | None = None
+        """fp32 [E], shares of the experts that the switch loss takes in training; None, and in evaluation:
+        those of the pass itself."""
+        self.router = Router(
+            width, config.num_experts, config.top_k, biased=config.bias_update_rate is not None
+        )
         self.experts = Experts(
             config.num_experts,
             width,
@@ -227,21 +262,33 @@ class MoE(nn.Module):
     def initial_distributions(self) -> dict[str, Distribution]:
         return {"output_bias": Constant(0.0)}
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RouterSums]:
         routing: Routing = self.router(x)
         out = self.run_experts(x, routing)
         if self.output_bias is not None:
             out = out + self.output_bias
-        balance = routing.chosen_mass * (self.config.num_experts / self.config.top_k)
+        deviation: torch.Tensor | None = None
         if isinstance(self.shared, FeedForward):
             out = self._join(out, self.shared(x))
         elif self.shared is not None:
             shared, deviation = self.shared(x)
             out = self._join(out, shared)
-            balance = balance + deviation
+        z = z_loss(routing.logits) if self.config.z_loss_weight > 0 else None
+        return out, RouterSums(self._balance(routing, deviation), z)
+
+    def _balance(self, routing: Routing, deviation: torch.Tensor | None) -> torch.Tensor | None:
+        """Sum over tokens of the balance value; ``deviation`` [N] of the shared experts' gate."""
+        experts, chosen = self.config.num_experts, self.config.top_k
         if self.config.aux_loss == "none":
-            return out, x.new_zeros((), dtype=torch.float32)
-        return out, balance.sum()
+            return None
+        if self.config.aux_loss == "switch":
+            if not self.training or self.shares is None:
+                shares = load_shares(count_experts(routing.experts, experts))
+            else:
+                shares = self.shares
+            return switch_loss(routing.probabilities, shares)
+        balance = routing.chosen_mass * (experts / chosen)
+        return (balance if deviation is None else balance + deviation).sum()
 
     def run_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Send ``x`` [N, D] through the chosen experts and sum their weighted outputs, [N, D]."""

@@ -42,6 +42,7 @@ _EXPERT_GAUGES = {
     "expert_load_entropy": "Entropy of the experts' shares of tokens over its maximum, mean of the layers",
     "expert_load_max": "Tokens of the busiest expert over the mean, worst layer",
     "dead_experts": "Experts without a token in the last logged step, all layers together",
+    "expert_bias_span": "Largest less smallest selection bias of the experts, worst layer",
 }
 _REPORTED_PACKAGES = ("torch", "deepspeed", "megatron-core")
 

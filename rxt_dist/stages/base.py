@@ -178,9 +178,11 @@ def layer_keys(token_keys: torch.Tensor, purpose: str, layers: int) -> torch.Ten
     return fold_in_tensor(bases.unsqueeze(0), torch.arange(layers, device=bases.device).unsqueeze(1))
 
 
-def aux_weight(config: RunConfig, decoder_scale: float) -> dict[str, float]:
-    """Weight of the experts' balance loss by metric name; empty for a model without one."""
+def router_weights(config: RunConfig, decoder_scale: float) -> dict[str, float]:
+    """Weights of the routers' losses by metric name; empty for a model without any."""
     moe = config.model.decoder.moe
-    if moe is None or moe.aux_loss == "none" or moe.aux_loss_scale == 0:
+    if moe is None:
         return {}
-    return {"aux_loss": decoder_scale * moe.aux_loss_scale}
+    balance = 0.0 if moe.aux_loss == "none" else moe.aux_loss_scale
+    weights = {"aux_loss": balance, "z_loss": moe.z_loss_weight}
+    return {name: decoder_scale * weight for name, weight in weights.items() if weight}

@@ -16,6 +16,7 @@ from rxt_dist.model.moe import MoE
 from rxt_dist.parallel.collectives import sum_over_ranks
 
 EXPERT_STATISTICS = ("expert_load_entropy", "expert_load_max", "dead_experts")
+BIAS_SPAN = "expert_bias_span"
 
 
 def _layers(module: nn.Module) -> list[MoE]:
@@ -48,9 +49,11 @@ def load_statistics(module: nn.Module) -> dict[str, float | None]:
 
     ``expert_load_entropy``: entropy of the shares of tokens over log E, mean of the layers (1: even).
     ``expert_load_max``: tokens of the busiest expert over the mean, worst layer. ``dead_experts``: experts
-    without a token, all layers together.
+    without a token, all layers together. ``expert_bias_span``, with selection biases only: the largest less
+    the smallest, worst layer.
     """
-    counted = [layer.loads for layer in _layers(module) if layer.loads is not None]
+    layers = _layers(module)
+    counted = [layer.loads for layer in layers if layer.loads is not None]
     if not counted:
         return {}
     loads = sum_over_ranks(torch.stack(counted)).double()  # [M, E]
@@ -58,5 +61,10 @@ def load_statistics(module: nn.Module) -> dict[str, float | None]:
     shares = loads / loads.sum(dim=1, keepdim=True).clamp_min(1)
     entropy = -torch.special.xlogy(shares, shares).sum(dim=1).mean()
     entropy = entropy / math.log(experts) if experts > 1 else torch.ones_like(entropy)
-    found = torch.stack([entropy, shares.max() * experts, (loads == 0).sum().double()])
-    return dict(zip(EXPERT_STATISTICS, found.tolist(), strict=True))
+    names, found = list(EXPERT_STATISTICS), [entropy, shares.max() * experts, (loads == 0).sum().double()]
+    biases = [layer.router.selection_bias for layer in layers if layer.router.selection_bias is not None]
+    if biases:
+        bias = torch.stack(biases).double()
+        names.append(BIAS_SPAN)
+        found.append((bias.amax(dim=1) - bias.amin(dim=1)).max())
+    return dict(zip(names, torch.stack(found).tolist(), strict=True))

@@ -16,8 +16,8 @@ from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.config.run import COMPONENTS
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
 from rxt_dist.kernels.cross_entropy import linear_cross_entropy
-from rxt_dist.model import Memory, RxTModel
-from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK, NEVER, Term, aux_weight
+from rxt_dist.model import DecoderOutput, Memory, RxTModel
+from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK, NEVER, Term, router_weights
 from rxt_dist.stages.lane_stage import LaneStageModule, Sums, add_sums
 
 
@@ -30,7 +30,7 @@ class SmatModule(LaneStageModule):
         self.system_prompts = stage.system_prompts
         for name in COMPONENTS:
             self.starts[name] = NEVER if name in stage.frozen else stage.unfreeze.steps().get(name, 0)
-        self.weights = {"answer_loss": 1.0, "answer_accuracy": 0.0, **aux_weight(config, 1.0)}
+        self.weights = {"answer_loss": 1.0, "answer_accuracy": 0.0, **router_weights(config, 1.0)}
 
     def write(self, stm: torch.Tensor, at: LaneInteractions) -> tuple[torch.Tensor, torch.Tensor]:
         """The STM after interaction ``at`` was written, and the gate sums; lanes without one keep theirs."""
@@ -40,24 +40,24 @@ class SmatModule(LaneStageModule):
         with torch.set_grad_enabled(grad and (self.trains("encoder") or self.trains("memory_attention"))):
             return self.write_encoded(stm, layers, at)
 
-    def decode(self, stm: torch.Tensor, at: LaneInteractions) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [N, D] of interaction ``at`` read with ``stm`` [L, b, S, D], and the balance sum."""
+    def decode(self, stm: torch.Tensor, at: LaneInteractions) -> DecoderOutput:
+        """The decoder's output for interaction ``at`` read with ``stm`` [L, b, S, D]."""
         memory = Memory.of_stm(stm.to(self.decoder.lm_head.weight.dtype), at.layout)
-        output = self.call("decoder", at.tokens, at.layout, memory)
-        return output.hidden, output.aux_sum
+        output: DecoderOutput = self.call("decoder", at.tokens, at.layout, memory)
+        return output
 
     def advance(
         self, stm: torch.Tensor, before: LaneInteractions | None, at: LaneInteractions
     ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
-        """Write ``before``, answer ``at``: sums of loss, correct tokens and balance value."""
+        """Write ``before``, answer ``at``: sums of loss, correct tokens and the routers' losses."""
         assert before is not None
         stm, gates = self.write(self.with_resets(stm, at), before)
-        hidden, balance = self.decode(stm, at)
+        output = self.decode(stm, at)
         head = self.decoder.lm_head
         weight, bias = (p if self.trains("decoder") else p.detach() for p in (head.weight, head.bias))
-        rows = hidden.index_select(0, at.next_index)
+        rows = output.hidden.index_select(0, at.next_index)
         loss, correct = linear_cross_entropy(rows, weight, bias, at.next_targets, CROSS_ENTROPY_CHUNK)
-        return stm, gates, (loss, correct, balance)
+        return stm, gates, (loss, correct, output.aux_sum, output.z_sum)
 
     def run(
         self, batch: WindowBatch, stm: torch.Tensor | None
@@ -72,4 +72,6 @@ class SmatModule(LaneStageModule):
         }
         if "aux_loss" in self.weights:
             terms["aux_loss"] = Term(add_sums(found, 2), "tokens")
+        if "z_loss" in self.weights:
+            terms["z_loss"] = Term(add_sums(found, 3), "tokens")
         return terms, carried

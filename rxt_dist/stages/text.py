@@ -22,7 +22,7 @@ from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.model import Memory, RxTModel, SequenceLayout
 from rxt_dist.model.stm import initial_stm
 from rxt_dist.randomness import normal_tensor, uniform_tensor
-from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK, StageModule, Term, aux_weight, layer_keys, uses
+from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK, StageModule, Term, layer_keys, router_weights, uses
 
 
 class TextStageModule(StageModule):
@@ -41,7 +41,7 @@ class TextStageModule(StageModule):
         if self.with_decoder:
             self.decoder = model.decoder
             scale = stage.decoder_loss_scale
-            self.weights |= {"ar_loss": scale, "ar_accuracy": 0.0, **aux_weight(config, scale)}
+            self.weights |= {"ar_loss": scale, "ar_accuracy": 0.0, **router_weights(config, scale)}
         self._constant_stm: torch.Tensor | None = None
         if not self.with_encoder:
             self._constant_stm = initial_stm(config.model, config.seed)
@@ -91,6 +91,8 @@ class TextStageModule(StageModule):
             terms["ar_accuracy"] = Term(correct, "next")
             if "aux_loss" in self.weights:
                 terms["aux_loss"] = Term(output.aux_sum, "tokens")
+            if "z_loss" in self.weights:
+                terms["z_loss"] = Term(output.z_sum, "tokens")
         return terms
 
     def memory(

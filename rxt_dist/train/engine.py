@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from rxt_dist.checkpoint.fragments import CanonicalPart, Fragment, canonical_parts, clip_fragment
+from rxt_dist.model.moe import MoE
 from rxt_dist.parallel.bootstrap import configure_deepspeed
 from rxt_dist.parallel.parallelize import spread_experts, tag_experts
 from rxt_dist.stages import StageModule
+from rxt_dist.stages.expert_balance import ExpertBalance
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ALIGNED_ELEMENTS = 8  # 16 bytes of bf16
@@ -70,6 +72,11 @@ class StageEngine:
             model_parameters=_optimizer_groups(groups, experts),
             config=deepspeed_config,
         )
+        # Only now: placing the module on its device replaces buffers.
+        self._buffers = dict(model.named_buffers())
+        members = set(module.modules())
+        layers = {name: part for name, part in model.named_modules() if part in members}
+        self._balance = ExpertBalance({n: part for n, part in layers.items() if isinstance(part, MoE)})
         self._create_moments()
         for name, part, _, fragment in self._owned(("master",)):
             start = part.start + fragment.offset - part.offset
@@ -102,6 +109,12 @@ class StageEngine:
             if step == group["start"]:
                 for values in zero.optimizer.state[flat].values():
                     values.zero_()
+        self._balance.begin_step()
+
+    def end_step(self) -> None:
+        """What follows an update: experts that train are balanced by the loads of the step. Collective."""
+        if self.module.trains("decoder"):
+            self._balance.end_step()
 
     def gradient_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""
@@ -113,10 +126,10 @@ class StageEngine:
         return [counters[start] for start in self.group_starts]
 
     def owned_fragments(self) -> dict[str, Fragment]:
-        """Everything of the masters and moments that this rank owns, by checkpoint key.
+        """Everything that this rank owns of masters, moments and buffers, by checkpoint key.
 
-        The values are views: writing into them changes the optimizer. Frozen and unused weights belong
-        to rank 0, those of spread experts to the first rank that holds them.
+        The values are views: writing into them changes the optimizer. Frozen and unused weights and buffers
+        belong to rank 0, weights of spread experts to the first rank that holds them.
         """
         owned = {f"{_KEYS[kind]}.{part.name}": fragment for _, part, kind, fragment in self._owned(_KEYS)}
         is_first = torch.distributed.get_rank() == 0
@@ -127,11 +140,16 @@ class StageEngine:
                     fragment = clip_fragment(part, 0, flat)
                     assert fragment is not None
                     owned[f"weight.{part.name}"] = fragment
+        if is_first:
+            owned |= {f"weight.{name}": _whole(buffer) for name, buffer in self._buffers.items()}
+            owned |= self._load_shares()
         return owned
 
-    def moment_fragments(self) -> dict[str, Fragment]:
-        """The moments this rank owns, by checkpoint key, as views."""
-        return {f"{kind}.{part.name}": fragment for _, part, kind, fragment in self._owned(_MOMENTS)}
+    def resumed_fragments(self) -> dict[str, Fragment]:
+        """What a run that is resumed inside the stage needs besides weights, by checkpoint key, as views: the
+        moments that this rank owns, and on every rank the loads of the experts."""
+        moments = {f"{kind}.{part.name}": fragment for _, part, kind, fragment in self._owned(_MOMENTS)}
+        return moments | self._load_shares()
 
     def set_optimizer_steps(self, steps: Sequence[int]) -> None:
         """Set the step counters of bias correction, after the moments were loaded."""
@@ -142,6 +160,9 @@ class StageEngine:
     def tensor_shapes(self) -> dict[str, list[int]]:
         """Shape of every canonical tensor of the model."""
         return {part.name: list(part.shape) for parts in self._parts.values() for part in parts}
+
+    def _load_shares(self) -> dict[str, Fragment]:
+        return {f"load_share.{name}": _whole(shares) for name, shares in self._balance.shares().items()}
 
     def close(self) -> None:
         """Release the engine's memory and hooks."""
@@ -188,6 +209,10 @@ class StageEngine:
                         fragment = clip_fragment(part, mapping.lp_fragment_address.start, values)
                         if fragment is not None:
                             yield name, part, kind, fragment
+
+
+def _whole(values: torch.Tensor) -> Fragment:
+    return Fragment(values.numel(), 0, values.view(-1))
 
 
 def _mark_experts(module: StageModule, model: torch.nn.Module) -> None:

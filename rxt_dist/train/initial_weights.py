@@ -23,7 +23,16 @@ logger = logging.getLogger(__name__)
 # Fields of all components that change what their weights compute; sizes show in the weights' shapes.
 _SHARED = ("norm", "rope_base", "rope_layout", "rope_angle_dtype")
 # Fields of a component that matter before or while it is trained, not to weights that exist.
-_TRAINING_ONLY = {"expert_init", "aux_loss", "aux_loss_scale", "init", "bias_init", "norm_gate_init"}
+_TRAINING_ONLY = {
+    "expert_init",
+    "aux_loss",
+    "aux_loss_scale",
+    "z_loss_weight",
+    "bias_update_rate",
+    "init",
+    "bias_init",
+    "norm_gate_init",
+}
 
 
 def open_weights(path: Path, *, verified: bool = False) -> CheckpointReader | NativeReader:
@@ -47,17 +56,23 @@ def check_weights(path: Path, config: ModelConfig, tokenizer: Path) -> Path:
 
     Raises:
         CheckpointError: there is none, it is damaged, or a tensor has another shape than in ``config``.
-        ConfigError: its tokenizer gives other numbers to the tokens than the run's.
+        ConfigError: its tokenizer gives other numbers to the tokens than the run's, or it has selection
+            biases and ``config`` none.
     """
     reader = open_weights(path)
-    with torch.device("meta"):
-        reader.check_shapes(RxTModel(config))
-    _check_tokenizer(reader.path, tokenizer)
     if isinstance(reader, NativeReader):
         theirs, components = reader.config, reader.components
     else:
         theirs = load_config(reader.path / CONFIG_FILE, require_data=False).model
         components = frozenset(COMPONENTS)
+    if "decoder" in components and _selects_by_bias(theirs) and not _selects_by_bias(config):
+        raise ConfigError(
+            f"model.decoder.moe.bias_update_rate: {reader.path} chooses experts with selection biases, found "
+            "null; valid: 0 to keep them, or a rate above 0 to go on moving them"
+        )
+    with torch.device("meta"):
+        reader.check_shapes(RxTModel(config))
+    _check_tokenizer(reader.path, tokenizer)
     for field, before, now in _differences(
         _mathematics(theirs, components), _mathematics(config, components)
     ):
@@ -78,6 +93,11 @@ def _check_tokenizer(weights: Path, tokenizer: Path) -> None:
             f"--init-from: the weights in {weights} were made with another tokenizer than the datasets; "
             "shard the data again with the tokenizer of that folder"
         )
+
+
+def _selects_by_bias(config: ModelConfig) -> bool:
+    moe = config.decoder.moe
+    return moe is not None and moe.bias_update_rate is not None
 
 
 def _mathematics(config: ModelConfig, components: frozenset[str]) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def _score(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums over the supervised tokens of ``at`` read with ``stm``: loss, correct tokens and tokens, float64
     [3]; then correct and all marked tokens by distance, float64 [MAX_DISTANCE + 1] each (0: unmarked)."""
-    hidden, _ = module.decode(stm, at)
+    hidden = module.decode(stm, at).hidden
     head = module.decoder.lm_head
     sums = torch.zeros(3, dtype=torch.float64, device=stm.device)
     hits, marked = torch.zeros(2, MAX_DISTANCE + 1, dtype=torch.float64, device=stm.device)

@@ -133,7 +133,7 @@ class Trainer:
 
         engine = build_engine(self._config, stage, self._world, load)
         if resumed is not None:
-            resumed.load_fragments(engine.moment_fragments())
+            resumed.load_fragments(engine.resumed_fragments())
             engine.set_optimizer_steps(resumed.state.optimizer_steps)
         return engine
 
@@ -152,8 +152,8 @@ class Trainer:
             logs = last or step % config.metrics.log_every_steps == 0
             saves = last or (interval is not None and step % interval == 0)
             rates = {s: learning_rate(optimizer, stage_step, stage.steps, s) for s in engine.group_starts}
-            engine.begin_step(stage_step, rates)
             engine.module.observe(self._world.device if logs else None)
+            engine.begin_step(stage_step, rates)
             metrics = self._optimizer_step(engine, feed, data)
             self._advance(data)
             meter.add(tokens)
@@ -181,6 +181,7 @@ class Trainer:
             engine.backward_and_step(loss)
             feed.carry(batch, stm)
             shares.append(metrics)
+        engine.end_step()
         return torch.stack(shares).sum(dim=0)
 
     def _advance(self, data: Step) -> None:

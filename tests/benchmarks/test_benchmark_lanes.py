@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.launch import python
 
 from benchmarks.data import write_dataset
 from benchmarks.lanes import KEY, batch_utilisation, bench_planning, lane_utilisation, synthetic_counts
@@ -19,7 +18,6 @@ from rxt_dist.data.order import epoch_permutation
 from rxt_dist.data.pieces import InteractionPieces
 from rxt_dist.data.reader import Dataset
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SEQ_LEN = 16
 
 
@@ -98,15 +96,7 @@ def test_planning_is_measured() -> None:
 
 
 def lanes_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.lanes", "--conversations", "5000", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
+    return python("-m", "benchmarks.lanes", "--conversations", "5000", *map(str, arguments))
 
 
 def test_tables_of_a_dataset(folder: Path) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.launch import free_port, shell
+from helpers.launch import free_port, python, shell
 from torch.autograd import DeviceType
 
 from benchmarks.profiling import gpu_profile, table, union_seconds
@@ -25,11 +24,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 def train_step(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/train_step.py", "--folder", str(folder), *arguments]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=240
-    )
+    return python("benchmarks/train_step.py", "--folder", str(folder), *arguments)
 
 
 def rows_of(output: str, *names: str) -> list[list[str]]:

@@ -1,22 +1,15 @@
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from helpers.launch import python
 
 
 def windows(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/windows.py", "--folder", str(folder), *arguments]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=180
-    )
+    return python("benchmarks/windows.py", "--folder", str(folder), *arguments)
 
 
 def test_memory_grows_with_the_window_and_recomputation_keeps_it_down(tmp_path: Path) -> None:

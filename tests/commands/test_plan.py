@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.launch import python
 
 from rxt_dist.cli import main
 from rxt_dist.config import CONFIG_FOLDER, available, load_model_config
@@ -50,7 +51,7 @@ PUBLISHED = {
 }
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+def fresh_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter without a GPU, its output piped."""
     environment = {
         **os.environ,
@@ -109,7 +110,7 @@ assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized(
 slow = {"deepspeed", "megatron", "torch._dynamo", "rxt_dist.train", "rxt_dist.data"}
 print(sorted(slow & set(sys.modules)))
 """
-    result = python("-c", limited)
+    result = fresh_python("-c", limited)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
 

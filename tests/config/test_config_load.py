@@ -118,7 +118,7 @@ class TestData:
         load_config("micro-encoder-sft", ["data.conversations=/x"])
 
     def test_several_stages(self) -> None:
-        both = "stages=[{name: joint_lm, steps: 50}, {name: joint_lm, steps: 50}]"
+        both = "stages=[{name: joint_lm, steps: 100}, {name: joint_lm, steps: 100}]"
         assert "stages 0 (joint_lm), 1 (joint_lm) need it" in message("micro", both, data=False)
 
 

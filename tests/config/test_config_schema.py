@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -9,7 +10,14 @@ from typing import Any, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from rxt_dist.config import OptimizerConfig, OptimizerOverrides, RunConfig, load_config, stage_optimizer
+from rxt_dist.config import (
+    MoEConfig,
+    OptimizerConfig,
+    OptimizerOverrides,
+    RunConfig,
+    load_config,
+    stage_optimizer,
+)
 from rxt_dist.config.problems import explain
 
 DATA = ["data.text=/data/text", "data.conversations=/data/conversations"]
@@ -270,6 +278,37 @@ def test_shared_expert_options_need_shared_experts(tiny: dict[str, Any]) -> None
         "model.decoder.moe.shared_expert_dim",
         "model.decoder.moe.weighted_shared_experts",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"aux_loss": "swich"}, r"aux_loss: found .swich.; must be .reference., .switch. or .none.$"),
+        ({"z_loss_weight": -0.1}, r"z_loss_weight: found -0\.1"),
+        ({"z_loss_weight": None}, r"z_loss_weight: found"),
+        ({"bias_update_rate": -0.001}, r"bias_update_rate: found -0\.001"),
+        ({"bias_update_rate": 1.0}, r"bias_update_rate: found 1"),
+        ({"bias_update_rate": "fast"}, r"bias_update_rate: found .fast."),
+        (
+            {"top_k": 4, "bias_update_rate": 0.001},
+            r"bias_update_rate: has no effect when every token visits all 4 experts; valid: null",
+        ),
+    ],
+)
+def test_mistakes_in_the_balance_of_experts(
+    tiny: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    tiny["model"]["decoder"]["moe"] |= changes
+    (problem,) = problems_of(tiny)
+    assert re.search(r"^model\.decoder\.moe\." + message, problem), problem
+
+
+def test_balance_of_experts_is_off_by_default() -> None:
+    moe = MoEConfig(num_experts=4, top_k=2)
+    assert (moe.aux_loss, moe.z_loss_weight, moe.bias_update_rate) == ("reference", 0.0, None)
+    assert not moe.needs_loads
+    assert MoEConfig(num_experts=4, top_k=2, aux_loss="switch").needs_loads
+    assert MoEConfig(num_experts=4, top_k=2, bias_update_rate=0.0).needs_loads
 
 
 def test_moe_layers_need_moe(tiny: dict[str, Any]) -> None:

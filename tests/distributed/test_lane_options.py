@@ -20,7 +20,7 @@ from rxt_dist.stages.memory_statistics import MEMORY_STATISTICS
 
 TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 2e-4  # Adam divides by the gradient's size, so rounding shows where it is nearly zero
-LANES, WINDOW, STEPS = 8, 4, 7
+LANES, WINDOW, STEPS = 8, 4, 6
 STARTS = {"memory_attention": 2, "encoder": 4}
 SETTINGS: dict[str, Any] = {
     "batch.lanes": LANES,
@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "optimizer": "{lr: 3e-3, warmup_steps: 2, weight_decay: 0.1, min_lr_ratio: 0.1}",
     "checkpoint.every_steps": 1,
     "checkpoint.keep_last": 100,
+    "evaluation.max_conversations": 6,
     "stages": f"[{{name: smat, steps: {STEPS}, system_prompts: true, "
     f"unfreeze: {{memory_attention: {STARTS['memory_attention']}, encoder: {STARTS['encoder']}}}}}]",
 }
@@ -98,15 +99,25 @@ def test_evaluations_are_the_same_on_every_mesh(runs: dict[str, Path]) -> None:
                 assert row[memory] == pytest.approx(other[memory], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("mesh", list(MESHES))
-def test_the_stage_is_plain_autograd_with_components_that_join(runs: dict[str, Path], mesh: str) -> None:
+Plain = tuple[PlainSmat, list[dict[str, float]]]
+
+
+@pytest.fixture(scope="module")
+def plain_stage(runs: dict[str, Path]) -> Plain:
+    """The whole stage in one process, and the record of each of its steps; it is the same for every mesh."""
     set_attention_backend("sdpa", torch.device("cpu"), torch.float32)
-    config = load_config(runs[mesh] / "config.yaml")
-    model = build_model(config.model, config.seed)
-    plain = PlainSmat(config, model, 0, STEPS)
+    config = load_config(runs["1 rank"] / "config.yaml")
+    plain = PlainSmat(config, build_model(config.model, config.seed), 0, STEPS)
     assert sorted(plain.groups()) == [0, *STARTS.values()]
-    for number, record in enumerate(metrics(runs[mesh])):
-        expected = plain.step(number)
+    return plain, [plain.step(number) for number in range(STEPS)]
+
+
+@pytest.mark.parametrize("mesh", list(MESHES))
+def test_the_stage_is_plain_autograd_with_components_that_join(
+    runs: dict[str, Path], plain_stage: Plain, mesh: str
+) -> None:
+    plain, records = plain_stage
+    for number, (record, expected) in enumerate(zip(metrics(runs[mesh]), records, strict=True)):
         errors = {name: relative(record[name], value) for name, value in expected.items()}
         assert max(errors.values()) <= TOLERANCE, (record["step"], errors)
         assert record["lr"] == pytest.approx(plain.rate(number, 0))
@@ -116,7 +127,7 @@ def test_the_stage_is_plain_autograd_with_components_that_join(runs: dict[str, P
     for lane, stm in plain.carried.items():
         error = (found[f"stm.lane-{lane:06d}"] - stm.flatten()).abs().max() / stm.abs().max()
         assert error <= WEIGHT_TOLERANCE, (lane, float(error))
-    memory = dict(model.memory_attention.named_parameters())["attention.q.weight"]
+    memory = dict(plain.model.memory_attention.named_parameters())["attention.q.weight"]
     stored = found["weight.memory_attention.attention.q.weight"]
     assert (stored - memory).abs().max() <= WEIGHT_TOLERANCE * memory.abs().max()
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.datasets import Datasets
-from helpers.launch import deepspeed, run_ranks
+from helpers.launch import run_ranks
 from helpers.plain_smat import PlainSmat
 from helpers.runs import (
     arguments,
@@ -52,24 +52,29 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 PAIRS = [
     ("1 rank", "2 ranks"),
-    ("1 rank", "4 ranks"),
+    pytest.param("1 rank", "4 ranks", marks=pytest.mark.slow),  # with expert ranks in the quick suite
     ("1 rank", "2 ranks, accumulation"),
     ("1 rank", "4 ranks, 4 expert ranks"),
     ("1 rank, window 1", "2 ranks, window 1, ZeRO 2"),
 ]
 
 
+class Runs(dict[str, Path]):
+    """Run folders by mesh; each run is made when it is first asked for."""
+
+    def __init__(self, datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> None:
+        self._datasets, self._make_folder = datasets, tmp_path_factory.mktemp
+
+    def __missing__(self, name: str) -> Path:
+        (ranks, own), folder = MESHES[name], self._make_folder("mesh")
+        run_ranks(ranks, arguments(self._datasets, folder / "run", SETTINGS | own), folder).check()
+        self[name] = folder / "run"
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def runs(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Run folders by mesh; the run "2 ranks" is started by the deepspeed launcher."""
-    found = {}
-    for name, (ranks, own) in MESHES.items():
-        folder = tmp_path_factory.mktemp("mesh")
-        command = arguments(datasets, folder / "run", SETTINGS | own)
-        start = deepspeed if name == "2 ranks" else run_ranks
-        start(ranks, command, folder).check()
-        found[name] = folder / "run"
-    return found
+def runs(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(datasets, tmp_path_factory)
 
 
 def assert_close(own: Any, reference: Any, where: str) -> None:
@@ -89,14 +94,14 @@ def assert_close(own: Any, reference: Any, where: str) -> None:
 
 
 @pytest.mark.parametrize(("reference", "mesh"), PAIRS)
-def test_every_step_is_the_same_on_every_mesh(runs: dict[str, Path], reference: str, mesh: str) -> None:
+def test_every_step_is_the_same_on_every_mesh(runs: Runs, reference: str, mesh: str) -> None:
     ours, theirs = untimed(metrics(runs[mesh])), untimed(metrics(runs[reference]))
     assert len(ours) == WRITE_STEPS + SMAT_STEPS
     assert_close(ours, theirs, mesh)
 
 
 @pytest.mark.parametrize(("reference", "mesh"), PAIRS)
-def test_evaluations_are_the_same_on_every_mesh(runs: dict[str, Path], reference: str, mesh: str) -> None:
+def test_evaluations_are_the_same_on_every_mesh(runs: Runs, reference: str, mesh: str) -> None:
     ours, theirs = untimed(evaluations(runs[mesh])), untimed(evaluations(runs[reference]))
     memory = theirs[1]["memory"]
     assert sum(count for _, count in memory["true"]["recall_by_distance"].values()) > 0
@@ -104,9 +109,7 @@ def test_evaluations_are_the_same_on_every_mesh(runs: dict[str, Path], reference
 
 
 @pytest.mark.parametrize(("reference", "mesh"), PAIRS)
-def test_weights_and_memories_are_the_same_on_every_mesh(
-    runs: dict[str, Path], reference: str, mesh: str
-) -> None:
+def test_weights_and_memories_are_the_same_on_every_mesh(runs: Runs, reference: str, mesh: str) -> None:
     ours, theirs = checkpoints(runs[mesh]), checkpoints(runs[reference])
     assert list(ours) == list(theirs) == [WRITE_STEPS, WRITE_STEPS + SMAT_STEPS]
     for step, folder in ours.items():
@@ -122,7 +125,7 @@ def test_weights_and_memories_are_the_same_on_every_mesh(
             assert error <= WEIGHT_TOLERANCE, (step, name, float(error))
 
 
-def test_records_hold_the_losses_of_their_stage(runs: dict[str, Path]) -> None:
+def test_records_hold_the_losses_of_their_stage(runs: Runs) -> None:
     memory = (*MEMORY_STATISTICS, "reset_share")
     counts = ("corrupt_blocks", "grad_norm", "lr", "tokens", "total_tokens")
     for record in untimed(metrics(runs["2 ranks"])):
@@ -138,7 +141,7 @@ def test_records_hold_the_losses_of_their_stage(runs: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("mesh", ["2 ranks, accumulation", "2 ranks, window 1, ZeRO 2"])
-def test_smat_is_plain_autograd_over_all_lanes(runs: dict[str, Path], mesh: str) -> None:
+def test_smat_is_plain_autograd_over_all_lanes(runs: Runs, mesh: str) -> None:
     set_attention_backend("sdpa", torch.device("cpu"), torch.float32)
     config = load_config(runs[mesh] / "config.yaml")
     model = build_model(config.model, config.seed)

@@ -25,7 +25,9 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("2 ranks", marks=pytest.mark.slow), "2 ranks, ZeRO 2, accumulation"]
+)
 def test_a_bf16_run_resumes_bit_by_bit(datasets: Datasets, tmp_path: Path, mesh: str) -> None:
     ranks, settings = MESHES[mesh]
     command = arguments(datasets, "run", SETTINGS | settings)

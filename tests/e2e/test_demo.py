@@ -16,6 +16,7 @@ import pytest
 from helpers.launch import REPOSITORY
 from helpers.runs import checkpoints, evaluations, metrics, read_lines
 
+from data_prep.cli import main as rxt_data
 from rxt_dist import cli, demo
 from rxt_dist.demo import Bounds, check, run_demo
 from rxt_dist.errors import RxtError, TrainingError
@@ -141,7 +142,9 @@ def test_an_interrupted_demonstration_goes_on_and_says_what_it_lacks(
     interrupt = run_until_checkpoint(small)
 
     def first(command: Sequence[str], environment: Any) -> None:
-        (interrupt if is_training(command) else plain)(command, environment)
+        if is_training(command):
+            interrupt(command, environment)
+        assert rxt_data(command[3:]) == 0
 
     monkeypatch.setattr(demo, "_run", first)
     with pytest.raises(KeyboardInterrupt):
@@ -200,10 +203,8 @@ def test_held_out_conversations_are_not_those_of_the_training(
 
 def generate(command: Sequence[str]) -> None:
     """Run only the commands that write the corpora, in this process."""
-    from data_prep.cli import main
-
     if command[3] == "synth":
-        assert main(list(command[3:])) == 0
+        assert rxt_data(command[3:]) == 0
 
 
 @pytest.mark.parametrize(("code", "error"), [(2, RxtError), (1, TrainingError), (-9, TrainingError)])

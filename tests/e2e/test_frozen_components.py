@@ -36,7 +36,7 @@ def run(request: pytest.FixtureRequest, datasets: Datasets, tmp_path_factory: py
         "precision": request.param,
         "batch.lanes": 4,
         "checkpoint.keep_last": 10,
-        "evaluation.max_packs": 1,
+        "evaluation.max_conversations": 2,
         "stages": STAGES,
         "optimizer.lr": 1e-2,
     }

@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "optimizer.lr": 5e-3,
     "checkpoint.every_steps": 2,
     "checkpoint.keep_last": 100,
-    "evaluation.max_packs": 2,
+    "evaluation.max_conversations": 6,
     "stages": f"[{{name: memory_attention, steps: {WRITE_STEPS}, noise_level: 0.05, "
     f"label_weight_jitter: 0.15}}, {{name: smat, steps: {SMAT_STEPS}}}]",
 }
@@ -89,8 +89,15 @@ def test_the_interruptions_are_inside_conversations(
     assert all(values.abs().max() > 0 for values in memories(checkpoints(whole[1])[step]).values())
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("step", [INSIDE_WRITING, INSIDE_SMAT])
+@pytest.mark.parametrize(
+    ("ranks", "step"),
+    [
+        (1, INSIDE_SMAT),
+        (2, INSIDE_WRITING),
+        pytest.param(1, INSIDE_WRITING, marks=pytest.mark.slow),
+        pytest.param(2, INSIDE_SMAT, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_resumed_inside_a_conversation_ends_bit_by_bit_like_an_uninterrupted_one(
     whole: dict[int, Path], resume: Resume, tmp_path: Path, ranks: int, step: int
 ) -> None:
@@ -107,7 +114,12 @@ def test_a_run_resumed_inside_a_conversation_ends_bit_by_bit_like_an_uninterrupt
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "step"), [(1, 2, INSIDE_WRITING), (2, 1, INSIDE_SMAT), (1, 4, INSIDE_SMAT)]
+    ("before", "after", "step"),
+    [
+        pytest.param(1, 2, INSIDE_WRITING, marks=pytest.mark.slow),
+        (2, 1, INSIDE_SMAT),
+        (1, 4, INSIDE_SMAT),
+    ],
 )
 def test_lanes_go_on_with_their_memory_on_another_mesh(
     whole: dict[int, Path], resume: Resume, tmp_path: Path, before: int, after: int, step: int

@@ -40,6 +40,7 @@ def test_a_run_under_the_deepspeed_launcher(datasets: Datasets, forked: Path, tm
     assert_same_run(tmp_path / "run", forked)
 
 
+@pytest.mark.slow
 def test_a_mistake_under_the_deepspeed_launcher(datasets: Datasets, tmp_path: Path) -> None:
     """The launcher ends with our exit code, and the message is in its output."""
     settings = SETTINGS | {"batch.packs": 3}

@@ -94,7 +94,15 @@ def assert_same_end(run_dir: Path, whole: Path) -> None:
     assert different == []
 
 
-@pytest.mark.parametrize(("ranks", "step"), [(1, 2), (1, 5), (1, 6), (2, 4), (2, 5), (2, 8)])
+@pytest.mark.parametrize(
+    ("ranks", "step"),
+    [
+        (1, 2),
+        (2, 5),
+        (2, 8),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in ((1, 5), (1, 6), (2, 4))),
+    ],
+)
 def test_a_resumed_run_ends_bit_by_bit_like_an_uninterrupted_one(
     whole: dict[int, Path], resume: Resume, tmp_path: Path, ranks: int, step: int
 ) -> None:
@@ -130,7 +138,7 @@ def test_resuming_a_finished_run_changes_nothing(
 @pytest.mark.parametrize(
     ("before", "after", "settings"),
     [
-        (1, 2, {}),
+        pytest.param(1, 2, {}, marks=pytest.mark.slow),
         (2, 1, {}),
         (1, 4, {"batch.micro_packs": "auto"}),
         (2, 2, {"zero.stage": 2, "batch.micro_packs": 1}),
@@ -190,7 +198,14 @@ def test_stages_can_be_added_to_a_finished_run(
 
 
 @pytest.mark.parametrize(
-    "file", ["tensors/__0_0.distcp", "tensors/.metadata", "trainer.json", "manifest.json"]
+    "file",
+    [
+        "tensors/__0_0.distcp",
+        "manifest.json",
+        # That damage of every file is noticed is tested without a run as well.
+        pytest.param("tensors/.metadata", marks=pytest.mark.slow),
+        pytest.param("trainer.json", marks=pytest.mark.slow),
+    ],
 )
 def test_a_damaged_checkpoint_is_passed_over(
     whole: dict[int, Path], resume: Resume, tmp_path: Path, file: str

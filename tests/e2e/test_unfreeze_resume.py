@@ -64,7 +64,15 @@ def test_counters_moments_and_weights_begin_with_their_component(whole: Path) ->
         before = after
 
 
-@pytest.mark.parametrize("step", [MEMORY - 1, MEMORY, MEMORY + 1, ENCODER])
+@pytest.mark.parametrize(
+    "step",
+    [
+        MEMORY,
+        MEMORY + 1,
+        pytest.param(MEMORY - 1, marks=pytest.mark.slow),
+        pytest.param(ENCODER, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_stage_continues_as_if_it_had_not_been(
     variant: str, whole: Path, datasets: Datasets, tmp_path: Path, step: int
 ) -> None:
@@ -85,7 +93,7 @@ def test_an_interrupted_stage_continues_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize("variant", ["fp32, ZeRO 1"], indirect=True)
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_another_number_of_ranks_continues_too(
     variant: str, whole: Path, datasets: Datasets, tmp_path: Path, ranks: int
 ) -> None:

@@ -7,12 +7,14 @@ Both start from the same whole model and see the same data. What they have in co
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from helpers import naive
 from helpers.engines import join_deepspeed, start_engine
 from helpers.lanes import (
@@ -33,6 +35,7 @@ from rxt_dist.data.order import Pack
 from rxt_dist.data.pieces import Piece
 from rxt_dist.kernels.attention import set_attention_backend
 from rxt_dist.model import RxTModel, build_model
+from rxt_dist.model.canonical import named_tensors
 from rxt_dist.model.moe import MoE
 from rxt_dist.parallel.mesh import Mesh
 from rxt_dist.parallel.parallelize import parallelize
@@ -40,6 +43,7 @@ from rxt_dist.train.engine import StageEngine
 
 UNITS, STEPS, WINDOW, CLIP = 8, 3, 2, 0.05
 MASK_ID, FIRST_WORD = 4, 7
+TASKS = ("mlm_loss", "ar_loss", "answer_loss")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"type": "SGD", "params": {"lr": 0.5}},
     "AdamW": {"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1, "torch_adam": True}},
@@ -50,6 +54,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "global bias, two shared": {"bias": "global", "num_shared_experts": 2},
     "no bias": {"bias": "off"},
     "eight experts": {"num_experts": 8, "top_k": 3},
+    "switch, z": {"aux_loss": "switch", "aux_loss_scale": 0.5, "z_loss_weight": 0.02},
+    "selection bias": {"bias_update_rate": 0.03},
+    "switch, z, bias, top 1": {
+        "aux_loss": "switch",
+        "aux_loss_scale": 0.5,
+        "z_loss_weight": 0.02,
+        "bias_update_rate": 0.03,
+        "top_k": 1,
+    },
 }
 STAGES = {
     "joint_lm": f"{{name: joint_lm, steps: {STEPS}}}",
@@ -72,22 +85,27 @@ class Case(NamedTuple):
     recompute: str = "none"
 
     def config(self) -> RunConfig:
-        micro = UNITS // (self.world * self.accumulation)
-        values = SETTINGS | {
-            "model.embed_dim": 32,
-            "stages": f"[{STAGES[self.stage]}]",
-            "batch.packs": UNITS,
-            "batch.micro_packs": micro,
-            "batch.lanes": UNITS,
-            "batch.micro_lanes": micro,
-            "batch.window": WINDOW,
-            "zero.stage": self.zero,
-            "parallel.expert_size": self.expert_size,
-            "runtime.recompute": self.recompute,
-            "optimizer": f"{{clip_norm: {CLIP}, schedule: constant}}",
-            **{f"model.decoder.moe.{name}": value for name, value in VARIANTS[self.variant].items()},
-        }
-        return load_config("tiny", [f"{name}={value}" for name, value in values.items()], require_data=False)
+        return _config(self)
+
+
+@cache
+def _config(case: Case) -> RunConfig:
+    micro = UNITS // (case.world * case.accumulation)
+    values = SETTINGS | {
+        "model.embed_dim": 32,
+        "stages": f"[{STAGES[case.stage]}]",
+        "batch.packs": UNITS,
+        "batch.micro_packs": micro,
+        "batch.lanes": UNITS,
+        "batch.micro_lanes": micro,
+        "batch.window": WINDOW,
+        "zero.stage": case.zero,
+        "parallel.expert_size": case.expert_size,
+        "runtime.recompute": case.recompute,
+        "optimizer": f"{{clip_norm: {CLIP}, schedule: constant}}",
+        **{f"model.decoder.moe.{name}": value for name, value in VARIANTS[case.variant].items()},
+    }
+    return load_config("tiny", [f"{name}={value}" for name, value in values.items()], require_data=False)
 
 
 class Pieces:
@@ -118,7 +136,8 @@ def conversations(case: Case) -> MemoryPieces:
 
 
 def whole_model(case: Case) -> RxTModel:
-    """Parameters off special values, decided routers; with "unused expert" no token chooses the last one."""
+    """Parameters and biases off special values, decided routers; with "unused expert" no token chooses the
+    last one."""
     set_attention_backend("sdpa", torch.device("cpu"), torch.float32)
     model = build_model(case.config().model, 3)
     generator = torch.Generator().manual_seed(5)
@@ -129,6 +148,8 @@ def whole_model(case: Case) -> RxTModel:
             if isinstance(moe, MoE):
                 rows = moe.router.proj.weight
                 rows.mul_(6)
+                if moe.router.selection_bias is not None:
+                    moe.router.selection_bias.normal_(std=0.05, generator=generator)
                 if "unused" in case.variant:
                     rows[-1] = rows[:-1].mean(0)  # the mean of all others is never above them all
     return model
@@ -137,10 +158,10 @@ def whole_model(case: Case) -> RxTModel:
 def model_of_rank(case: Case, whole: RxTModel, rank: int) -> RxTModel:
     mesh = Mesh(case.world, expert_size=case.expert_size)
     model = build_model(case.config().model, 0, lambda one: parallelize(one, mesh, rank))
-    source = dict(whole.named_parameters())
+    source, target = named_tensors(whole), named_tensors(model)
     with torch.no_grad():
         for name, parts in canonical_parts(model).items():
-            flat, values = model.get_parameter(name).view(-1), source[name].view(-1)
+            flat, values = target[name].view(-1), source[name].view(-1)
             if len(parts) == 1:
                 values = values[parts[0].offset :]
             flat.copy_(values[: flat.numel()])
@@ -170,15 +191,13 @@ def lane_steps(case: Case, rank: int) -> Iterator[list[tuple[Any, dict[str, int]
             yield [(batch, step.counts) for batch in step.batches]
 
 
-def run_on_ranks(folder: Path, cases: list[tuple[int, Case]]) -> None:
-    """On every rank: train all cases with both optimizers and write down what came of it."""
+def run_on_ranks(folder: Path, cases: list[tuple[int, Case, str]]) -> None:
+    """On every rank: train all cases, each with an optimizer, and write down what came of it."""
     join_deepspeed()
     rank = dist.get_rank()
-    for number, case in cases:
-        whole = whole_model(case)
-        for optimizer in OPTIMIZERS:
-            found = _train(case, model_of_rank(case, whole, rank), optimizer, rank)
-            torch.save(found, folder / f"{number}-{optimizer}-{rank}.pt")
+    for number, case, optimizer in cases:
+        found = _train(case, model_of_rank(case, whole_model(case), rank), optimizer, rank)
+        torch.save(found, folder / f"{number}-{optimizer}-{rank}.pt")
 
 
 def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, Any]:
@@ -205,12 +224,14 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
             if carried is not None:
                 stm[:, columns] = carried
             losses.append(metrics[0].item())
+        engine.end_step()
         found["loss"].append(sum(losses))
         found["norm"].append(engine.gradient_norm())
     found["fragments"] = {
         key: (one.numel, one.offset, one.values.clone()) for key, one in engine.owned_fragments().items()
     }
     found["shapes"] = engine.tensor_shapes()
+    found["buffers"] = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine.close()
     return found
 
@@ -219,13 +240,45 @@ def _gradients(engine: StageEngine, model: RxTModel) -> dict[str, torch.Tensor]:
     """Reduced gradients before clipping, by canonical name with the place in the whole tensor."""
     trained = {id(p) for group in engine.engine.optimizer.bit16_groups for p in group}
     found = {}
-    for name, parts in canonical_parts(model).items():
-        parameter = model.get_parameter(name)
+    parts = canonical_parts(model)
+    for name, parameter in model.named_parameters():
         if id(parameter) in trained:
             flat = parameter.get_full_hp_grad().view(-1)  # type: ignore[attr-defined]
-            for part in parts:
+            for part in parts[name]:
                 found[part.name] = (part.offset, part.of(flat).clone())
     return found
+
+
+class PlainRouter:
+    """What a router computed in a step, token by token, and what follows from it for the next one."""
+
+    def __init__(self, moe: MoE, name: str) -> None:
+        self.moe, self.name = moe, name
+        self.logits: list[torch.Tensor] = []
+        """[N, E] of every pass of the step, with their graph."""
+        self.shares = [1.0 / moe.config.num_experts] * moe.config.num_experts
+        moe.router.proj.register_forward_hook(lambda module, arguments, out: self.logits.append(out))
+
+    def switch(self) -> torch.Tensor:
+        """E times the sum over experts of the share of the step before and the mean probability now."""
+        means = torch.softmax(torch.cat(self.logits), dim=1).mean(dim=0)
+        return len(self.shares) * sum(share * mean for share, mean in zip(self.shares, means, strict=True))
+
+    def z(self) -> torch.Tensor:
+        return torch.cat(self.logits).exp().sum(dim=1).log().pow(2).mean()
+
+    def update(self) -> None:
+        config, bias = self.moe.config, self.moe.router.selection_bias
+        loads = [0] * config.num_experts
+        for row in torch.softmax(torch.cat(self.logits).detach(), dim=1):
+            scores = (row if bias is None else row + bias).tolist()
+            for expert in sorted(range(len(scores)), key=lambda e: -scores[e])[: config.top_k]:
+                loads[expert] += 1
+        mean = sum(loads) / len(loads)
+        self.shares = [load / sum(loads) for load in loads]
+        if bias is not None and config.bias_update_rate is not None:
+            for expert, load in enumerate(loads):
+                bias[expert] += config.bias_update_rate * ((load < mean) - (load > mean))
 
 
 class Plain:
@@ -236,9 +289,11 @@ class Plain:
         self.model = whole_model(case)
         self.margin = float("inf")
         self.unused = True
-        for moe in self.model.modules():
-            if isinstance(moe, MoE):
-                moe.router.register_forward_hook(self._look)
+        self.routers = [
+            PlainRouter(moe, name) for name, moe in self.model.named_modules() if isinstance(moe, MoE)
+        ]
+        for plain in self.routers:
+            plain.moe.router.register_forward_hook(self._look)
         self.start = {"smat, decoder joins": 1, "smat, frozen decoder": STEPS}.get(case.stage, 0)
         self.carried: dict[int, torch.Tensor] = {}
         self.source = conversations(case)
@@ -249,9 +304,11 @@ class Plain:
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
 
     def _look(self, router: Any, arguments: Any, routing: Any) -> None:
-        """The least distance between the logits of a chosen and the best expert that was not chosen."""
-        logits = router.proj(arguments[0].detach()).detach()
-        best = logits.topk(router.top_k + 1).values
+        """The least distance between what chooses an expert and what the best one has that was not chosen."""
+        logits = F.linear(arguments[0].detach(), router.proj.weight.detach())
+        bias = router.selection_bias
+        scores = logits if bias is None else logits.softmax(1) + bias
+        best = scores.topk(router.top_k + 1).values
         self.margin = min(self.margin, float((best[:, -2] - best[:, -1]).min()))
         self.unused &= not bool((routing.experts == logits.shape[1] - 1).any())
 
@@ -266,12 +323,24 @@ class Plain:
         return found
 
     def loss(self, number: int) -> torch.Tensor:
+        for router in self.routers:
+            router.logits.clear()
         if self.case.stage == "joint_lm":
             packs = [text_batch(range(unit, unit + 1), number) for unit in range(UNITS)]
-            return naive.loss(naive.means(self.model, packs), self.config, 0)
-        return self._lane_loss(number)
+            values = naive.means(self.model, packs)
+        else:
+            values = self._lane_means(number)
+        task = torch.stack([values[name] for name in TASKS if name in values]).sum()
+        moe = self.config.model.decoder.moe
+        assert moe is not None
+        if moe.aux_loss == "reference":
+            balance = values["aux_loss"]
+        else:
+            balance = torch.stack([router.switch() for router in self.routers]).mean()
+        z = torch.stack([router.z() for router in self.routers]).mean()
+        return task + moe.aux_loss_scale * balance + moe.z_loss_weight * z
 
-    def _lane_loss(self, number: int) -> torch.Tensor:
+    def _lane_means(self, number: int) -> dict[str, torch.Tensor]:
         answers = []
         for lane in range(UNITS):
             stm = self.carried.get(lane)
@@ -288,7 +357,7 @@ class Plain:
             self.carried[lane] = stm.detach()
         loss = torch.stack([a.loss for a in answers]).sum() / sum(a.targets for a in answers)
         balance = torch.stack([a.balance for a in answers]).sum() / sum(a.tokens for a in answers)
-        return loss + naive.AUX_SCALE * balance
+        return {"answer_loss": loss, "aux_loss": balance}
 
     def _answer(self, stm: torch.Tensor, interaction: Any, number: int) -> Any:
         frozen = [p for p in self.model.decoder.parameters() if number < self.start]
@@ -317,6 +386,9 @@ class Plain:
             if start not in self.optimizers:
                 self.optimizers[start] = self.kind(list(group.values()), **self.settings)
             self.optimizers[start].step()
+        if number >= self.start:
+            for router in self.routers:
+                router.update()
         return loss.item(), norm, gradients
 
     def canonical(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

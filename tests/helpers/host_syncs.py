@@ -1,107 +1,81 @@
-"""Finds where the host waits for a value of the device.
-
-On CUDA PyTorch itself reports it. On a CPU nothing ever waits, so operations are watched whose result (a
-Python number, or a shape) depends on values: on a device each of them would make the host wait.
-"""
+"""Where a program would make the host wait for the device, found on the CPU, where nothing has to wait."""
 
 from __future__ import annotations
 
-import threading
-import traceback
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import PurePath
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_aten = torch.ops.aten
-_WATCHED = {
-    _aten._local_scalar_dense,
-    _aten._unique2,
-    _aten.equal,
-    _aten.is_nonzero,
-    _aten.item,
-    _aten.masked_select,
-    _aten.nonzero,
-    _aten.unique_consecutive,
-    _aten.unique_dim,
-}
-_INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._unsafe_index}
-_TO_HOST = {"tolist", "numpy", "cpu"}
-_PACKAGES = ("rxt_dist", "deepspeed", "benchmarks")
+METHODS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+_SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
 
 
-def _place() -> str:
-    """The innermost function of ours or of DeepSpeed on the stack, as ``package/file.py:function``."""
-    for frame in reversed(traceback.extract_stack()):
-        parts = PurePath(frame.filename).parts
-        package = next((name for name in _PACKAGES if name in parts), None)
-        if package is not None:
-            return f"{package}/{parts[-1]}:{frame.name}"
-    return "elsewhere"
+def syncs_of(action: Callable[[], Any]) -> list[str]:
+    """What ``action`` did that waits for a device, in order: tensor methods that read values, and operators
+    below them that do or whose results have a size that depends on values."""
+    called: list[str] = []
+    originals = {name: getattr(torch.Tensor, name) for name in (*METHODS, "to")}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def method(*arguments: Any, **options: Any) -> Any:
+            if name != "to" or _to_the_host(arguments, options):
+                called.append(name)
+                with _Silent(found):
+                    return originals[name](*arguments, **options)
+            return originals[name](*arguments, **options)
+
+        return method
+
+    found = _Operators(called)
+    for name in originals:
+        setattr(torch.Tensor, name, counting(name))
+    try:
+        with found:
+            action()
+    finally:
+        for name, method in originals.items():
+            setattr(torch.Tensor, name, method)
+    return called
 
 
-def _depends_on_values(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    packet = function.overloadpacket
-    if packet in _INDEXING:
-        # A mask becomes a list of indexes, whose number is not known before.
-        masks = (torch.bool, torch.uint8)
-        return any(isinstance(index, torch.Tensor) and index.dtype in masks for index in args[1])
-    if packet is _aten.repeat_interleave:
-        return kwargs.get("output_size") is None
-    return packet in _WATCHED
+def _to_the_host(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    wanted = [*arguments[1:2], options.get("device")]
+    return any(isinstance(one, (str, torch.device)) and torch.device(one).type == "cpu" for one in wanted)
 
 
-class _WatchOperations(TorchDispatchMode):
-    def __init__(self, found: list[str]) -> None:
+class _Operators(TorchDispatchMode):
+    def __init__(self, called: list[str]) -> None:
         super().__init__()
-        self._found = found
+        self.called = called
+        self.silent = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if _depends_on_values(func, args, kwargs or {}):
-            self._found.append(_place())
-        return func(*args, **(kwargs or {}))
+        name, options = func.overloadpacket.__name__, kwargs or {}
+        sizes = name in _SIZED_BY_VALUES or (name == "index" and _by_mask(args[1]))
+        repeats = func is torch.ops.aten.repeat_interleave.Tensor and options.get("output_size") is None
+        result = func(*args, **options)
+        reads = isinstance(result, (bool, int, float)) and any(isinstance(one, torch.Tensor) for one in args)
+        if not self.silent and (sizes or repeats or reads):
+            self.called.append(name)
+        return result
 
 
-class _WatchCopies(TorchFunctionMode):
-    def __init__(self, found: list[str]) -> None:
-        super().__init__()
-        self._found = found
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in _TO_HOST:
-            self._found.append(_place())
-        return func(*args, **(kwargs or {}))
+def _by_mask(indices: Any) -> bool:
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
-@contextmanager
-def host_syncs(device: torch.device) -> Iterator[list[str]]:
-    """Inside, places of this thread where the host waits for ``device`` are added to the list."""
-    found: list[str] = []
-    if device.type != "cuda":
-        with _WatchOperations(found), _WatchCopies(found):
-            yield found
-        return
-    watched = threading.current_thread()  # the loader's thread may wait as it likes
+class _Silent:
+    """Operators of a method that is counted already are not counted again."""
 
-    def note(message: Any, *_: Any, **__: Any) -> None:
-        if threading.current_thread() is watched and "synchronizing CUDA operation" in str(message):
-            found.append(_place())
+    def __init__(self, operators: _Operators) -> None:
+        self.operators = operators
 
-    torch.cuda.synchronize(device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = note
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield found
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    def __enter__(self) -> None:
+        self.operators.silent = True
+
+    def __exit__(self, *_: object) -> None:
+        self.operators.silent = False

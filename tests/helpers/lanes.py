@@ -27,7 +27,7 @@ from rxt_dist.data.manifest import Split
 from rxt_dist.data.pieces import InteractionPieces
 from rxt_dist.data.reader import Dataset
 from rxt_dist.kernels.attention import set_attention_backend
-from rxt_dist.model import Memory, RxTModel, SequenceLayout, build_model
+from rxt_dist.model import DecoderOutput, Memory, RxTModel, SequenceLayout, build_model
 from rxt_dist.model.stm import draw_stm
 from rxt_dist.randomness import derive_key, fold_in_tensor, signed_key
 from rxt_dist.stages import build_stage
@@ -266,12 +266,12 @@ class Recorder:
         self.positions: list[LaneInteractions] = []
         decode = module.decode
 
-        def recorded(stm: torch.Tensor, at: LaneInteractions) -> tuple[torch.Tensor, torch.Tensor]:
-            hidden, balance = decode(stm, at)
+        def recorded(stm: torch.Tensor, at: LaneInteractions) -> DecoderOutput:
+            output = decode(stm, at)
             self.memories.append(stm.detach().clone())
-            self.hidden.append(lane_values(hidden.detach(), at))
+            self.hidden.append(lane_values(output.hidden.detach(), at))
             self.positions.append(at)
-            return hidden, balance
+            return output
 
         module.decode = recorded  # type: ignore[method-assign]
 

@@ -2,7 +2,8 @@
 
 :func:`start_ranks` forks the ranks from a server process that has torch and DeepSpeed loaded already, so
 that a run costs its own seconds only; each rank runs ``launch/train.py`` as ``__main__`` with the variables
-that torchrun and srun set. :func:`deepspeed` and :func:`shell` start it from the shell, as a user does.
+that torchrun and srun set. :func:`python` runs any other program in this way. :func:`deepspeed` and
+:func:`shell` start a program from the shell, as a user does.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,9 +32,16 @@ _SHOWN_CHARACTERS = 6000
 _PRELOADED = [
     "torch",
     "torch._inductor.compile_fx",
+    "torch.distributed.checkpoint",
     "deepspeed.runtime.zero.muon.original_muon",
+    "hypothesis.strategies",
+    "pytest",
+    "safetensors.torch",
+    "rxt_dist.cli",
+    "rxt_dist.interchange.pretrained",
     "rxt_dist.train.run",
     "rxt_dist.train.trainer",
+    "helpers.preload",
 ]
 
 _server = multiprocessing.get_context("forkserver")
@@ -133,8 +142,9 @@ def _fork(function: Callable[..., None], arguments: tuple[object, ...]) -> ForkS
     own = dict(os.environ)
     _server.set_forkserver_preload(_PRELOADED)
     process = _server.Process(target=function, args=arguments)
+    folders = (str(REPOSITORY), str(REPOSITORY / "tests"), own.get("PYTHONPATH", ""))
     try:
-        os.environ.update(environment())  # the server inherits it
+        os.environ.update(environment() | {"PYTHONPATH": os.pathsep.join(folders)})  # the server inherits it
         process.start()
     finally:
         os.environ.clear()
@@ -184,6 +194,36 @@ def shell(command: list[str], folder: Path, timeout: float = TIMEOUT_SECONDS) ->
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
     return Result([process.returncode], output.decode(errors="replace"))
+
+
+def python(*arguments: str, timeout: float = TIMEOUT_SECONDS) -> subprocess.CompletedProcess[str]:
+    """``python ARGUMENTS`` (a script or ``-m MODULE``) in the repository, forked from the server.
+
+    The program finds torch loaded already, so it has started at once; its memory is not that of a fresh
+    process.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = _fork(_run_python, (list(arguments), files))
+        process.join(timeout)
+        process.kill()
+        process.join()
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    return subprocess.CompletedProcess(arguments, int(process.exitcode or 0), *texts)
+
+
+def _run_python(arguments: list[str], files: list[Path]) -> None:
+    for stream, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ.clear()
+    os.environ.update(environment())
+    os.chdir(REPOSITORY)
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def run_function(

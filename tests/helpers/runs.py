@@ -23,6 +23,7 @@ SMALL = {
     "batch.pack_tokens": 64,
     "stages": TEXT_STAGES,
     "evaluation.max_packs": 3,
+    "evaluation.max_conversations": 6,
     "evaluation.samples": 1,
     "evaluation.sample_tokens": 4,
 }

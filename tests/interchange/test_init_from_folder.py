@@ -200,6 +200,28 @@ def test_settings_that_change_what_weights_compute_are_named(
     assert "777" in caplog.text
 
 
+def test_selection_biases_may_be_added_but_not_lost(
+    config: ModelConfig, tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def with_rate(rate: float | None) -> ModelConfig:
+        assert config.decoder.moe is not None
+        moe = config.decoder.moe.model_copy(update={"bias_update_rate": rate})
+        return config.model_copy(update={"decoder": config.decoder.model_copy(update={"moe": moe})})
+
+    plain = save(tmp_path / "plain", build_model(config, 0), tokenizer, "decoder")
+    biased = save(tmp_path / "biased", build_model(with_rate(0.001), 0), tokenizer, "decoder")
+    encoder = save(tmp_path / "encoder", build_model(with_rate(0.001), 0), tokenizer, "encoder")
+    with caplog.at_level(logging.WARNING):
+        check_weights(plain, with_rate(0.001), tokenizer)
+        check_weights(biased, with_rate(0.0), tokenizer)
+        check_weights(encoder, config, tokenizer)
+    assert caplog.text == ""
+    with pytest.raises(
+        ConfigError, match=r"^model\.decoder\.moe\.bias_update_rate: .*biased .* found null; valid: 0"
+    ):
+        check_weights(biased, config, tokenizer)
+
+
 def test_a_damaged_folder_is_refused_before_the_run_folder_exists(
     datasets: Datasets, config: ModelConfig, tokenizer: Path, tmp_path: Path
 ) -> None:

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 
 import rxt_dist
 from rxt_dist.errors import CheckpointError
-from rxt_dist.interchange.native import COMPONENTS
+from rxt_dist.interchange.native import COMPONENTS, NativeReader
 from rxt_dist.interchange.pretrained import load_pretrained, save_pretrained
-from rxt_dist.model import Memory, RxTModel, SequenceLayout
+from rxt_dist.model import Memory, RxTModel, SequenceLayout, build_model
 
 KILLED = 77
 
@@ -44,7 +44,8 @@ def parameters(model: RxTModel) -> dict[str, torch.Tensor]:
     "components", [["encoder"], ["decoder"], ["mlm_head"], ["memory_attention"], COMPONENTS], ids="-".join
 )
 def test_every_bit_comes_back(tmp_path: Path, components: list[str], dtype: torch.dtype) -> None:
-    model = model_of(config_of(memory={"norm": "adaptive"}), dtype)
+    experts = {"num_experts": 3, "top_k": 2, "bias_update_rate": 0.1}
+    model = model_of(config_of(memory={"norm": "adaptive"}, decoder={"moe": experts}), dtype)
     stm = stm_of(model.config, dtype)
     save_pretrained(tmp_path / "m", model, tokenizer=None, components=components, stm=stm)
     loaded = load_pretrained(tmp_path / "m", dtype=None)
@@ -58,10 +59,37 @@ def test_every_bit_comes_back(tmp_path: Path, components: list[str], dtype: torc
         or ("decoder" in components and name == "encoder.embedding.weight")
     }
     assert any("ema_rms" in name for name in wanted) == ("memory_attention" in components)
+    biases = [tensor for name, tensor in wanted.items() if "selection_bias" in name]
+    assert len(biases) == (2 if "decoder" in components else 0)
+    assert all(bias.dtype == torch.float32 for bias in biases)
     tensors_equal(parameters(loaded.model), wanted)
     assert loaded.model.decoder.embedding.weight is loaded.model.encoder.embedding.weight
     assert loaded.stm is not None
     tensors_equal({"stm": loaded.stm}, {"stm": stm})
+
+
+def test_selection_biases_are_exact_in_bf16_and_start_from_zero_where_there_are_none(tmp_path: Path) -> None:
+    biased = config_of(decoder={"moe": {"num_experts": 3, "top_k": 2, "bias_update_rate": 0.1}})
+    model = model_of(biased)
+    save_pretrained(tmp_path / "m", model, tokenizer=None, components=COMPONENTS)
+    loaded = load_pretrained(tmp_path / "m", dtype=torch.bfloat16).model
+    assert loaded.decoder.lm_head.weight.dtype == torch.bfloat16
+    for name, bias in model.named_buffers():
+        assert torch.equal(loaded.get_buffer(name), bias)
+        assert not torch.equal(bias.bfloat16().float(), bias)
+
+    save_pretrained(tmp_path / "plain", model_of(), tokenizer=None, components=COMPONENTS)
+    reader, fresh = NativeReader(tmp_path / "plain"), build_model(biased, 1)
+    with pytest.raises(CheckpointError, match=r"the folder has no tensor .*\.router\.selection_bias"):
+        reader.load_weights(fresh)
+    missing = reader.load_weights(fresh, allow_missing=True)
+    assert missing == [name for name, _ in fresh.named_buffers()]
+    assert not any(bias.any() for bias in fresh.buffers())
+    edit_json(
+        tmp_path / "plain" / "config.json",
+        lambda c: c["model"]["decoder"]["moe"].update(bias_update_rate=0.1),
+    )
+    assert not any(bias.any() for bias in load_pretrained(tmp_path / "plain").model.buffers())
 
 
 def test_the_file_has_unfused_tensors_and_the_embedding_once(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_balance_is_the_mean_over_layers_of_the_sum_over_tokens() -> None:
     for layer in (*model.decoder.stateless_layers, *model.decoder.layers):
         layer.register_forward_hook(lambda module, args, output: seen.append(output[1]))
     _, output, _ = joint_pass(model, random_tokens([6]), [6])
-    values = [value for value in seen if value is not None]
+    values = [value.balance for value in seen if value is not None]
     assert len(values) == 3
     torch.testing.assert_close(output.aux_sum, sum(values) / 3)
 

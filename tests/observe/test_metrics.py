@@ -138,7 +138,7 @@ def test_a_step_update_costs_less_than_200_microseconds() -> None:
 
 def test_statistics_of_the_memory_are_published_and_forgotten() -> None:
     metrics = TrainMetrics()
-    gauges = ("rxt_expert_load_entropy", "rxt_expert_load_max", "rxt_dead_experts",
+    gauges = ("rxt_expert_load_entropy", "rxt_expert_load_max", "rxt_dead_experts", "rxt_expert_bias_span",
               "rxt_memory_rms", "rxt_memory_between_share", "rxt_memory_slot_cosine", "rxt_write_gate_mean",
               "rxt_write_gate_std", "rxt_reset_share")  # fmt: skip
     assert all(math.isnan(value(metrics, name)) for name in gauges)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.engines import join_deepspeed
+from helpers.host_syncs import syncs_of
 from helpers.launch import run_function
 from torch import nn
 
@@ -20,7 +19,6 @@ from rxt_dist.parallel.experts import ExpertParallel, exchange, uneven_passes
 from rxt_dist.parallel.mesh import Mesh
 
 D, HIDDEN, E, K, RANKS = 16, 12, 6, 2, 3
-SYNCS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
 
 def moe() -> MoE:
@@ -44,28 +42,6 @@ def spread(layer: MoE) -> ExpertParallel:
             parameter.copy_(layer.experts.get_parameter(name)[held])
     layer.experts = experts
     return experts
-
-
-def syncs_of(action: Callable[[], Any]) -> list[str]:
-    """Names of the tensor methods that wait for a device, in the order in which ``action`` called them."""
-    called: list[str] = []
-    originals = {name: getattr(torch.Tensor, name) for name in SYNCS}
-
-    def counting(name: str) -> Callable[..., Any]:
-        def method(*arguments: Any, **options: Any) -> Any:
-            called.append(name)
-            return originals[name](*arguments, **options)
-
-        return method
-
-    for name in SYNCS:
-        setattr(torch.Tensor, name, counting(name))
-    try:
-        action()
-    finally:
-        for name, method in originals.items():
-            setattr(torch.Tensor, name, method)
-    return called
 
 
 def train_once(folder: Path, lose_all: bool) -> None:

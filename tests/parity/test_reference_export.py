@@ -153,6 +153,16 @@ def test_a_memory_that_does_not_fit_is_refused() -> None:
         reference_of(decoder, config, torch.zeros(2, 7, 16))
 
 
+def test_a_selection_bias_is_refused_unless_it_is_zero() -> None:
+    config = model_config(decoder={"moe": {"num_experts": 3, "top_k": 2, "bias_update_rate": 0.001}})
+    decoder = build_model(config, 0).decoder
+    stored = export_reference(reference_of(decoder, config))[1]
+    assert not [key for key in stored if "selection" in key]
+    decoder.layers[-1].feed_forward.router.selection_bias[2] = 1e-6
+    with pytest.raises(ConfigError, match=r"moe\.bias_update_rate: found selection biases other than 0"):
+        reference_of(decoder, config)
+
+
 @pytest.mark.parametrize(
     ("changes", "component", "message"),
     [

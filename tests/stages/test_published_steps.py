@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from rxt_dist.data.batch import supervised_rows
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
 from rxt_dist.interchange.reference import ReferenceDecoder, load_reference
 from rxt_dist.kernels.attention import set_attention_backend
-from rxt_dist.model import SequenceLayout
+from rxt_dist.model import DecoderOutput, SequenceLayout
 from rxt_dist.stages import build_stage
 
 FIXTURE = Path(__file__).parent.parent / "parity" / "fixtures" / "smat_steps.pt"
@@ -64,11 +65,11 @@ def test_four_published_steps() -> None:
     module: Any = build_stage(parts, config, config.stages[0])
     read: list[torch.Tensor] = []
 
-    def decode(stm: torch.Tensor, at: LaneInteractions) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(stm: torch.Tensor, at: LaneInteractions) -> DecoderOutput:
         # The recorded balance term counts padding, which the stage does not have.
         read.append(stm.detach())
         output = decoder.run_padded(step["input_ids"], step["attention_mask"], stm)
-        return output.hidden[step["attention_mask"].bool().flatten()], output.aux_sum
+        return replace(output, hidden=output.hidden[step["attention_mask"].bool().flatten()])
 
     module.decode = decode
     optimizer = torch.optim.AdamW(module.parameters(), **fixture["optimizer"])

@@ -27,6 +27,7 @@ from helpers.lanes import (
 )
 
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch, WindowStep
+from rxt_dist.model import DecoderOutput
 
 COUNTS = [3, 1, 5, 2, 4, 7, 1, 6]
 LANES = 4
@@ -101,10 +102,10 @@ def test_gradients_go_through_as_many_writes_as_the_window_has_positions(window:
         shifts[number] = torch.zeros_like(written, requires_grad=True)
         return written + shifts[number], gates
 
-    def probed(stm: torch.Tensor, at: LaneInteractions) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, balance = decode(stm, at)
-        losses[int(at.numbers[0])] = hidden.square().sum()
-        return hidden, balance
+    def probed(stm: torch.Tensor, at: LaneInteractions) -> DecoderOutput:
+        output = decode(stm, at)
+        losses[int(at.numbers[0])] = output.hidden.square().sum()
+        return output
 
     module.write, module.decode = shifted, probed
     with windows(source, window=window, lanes=1) as steps:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.host_syncs import host_syncs
+from helpers.host_waits import host_waits
 from helpers.launch import run_function
 from helpers.step_guards import STAGES, loop_of, losses_of, one_rank, prepared
 
@@ -42,7 +42,7 @@ def waits(device: torch.device, folder: Path, *overrides: str) -> dict[str, list
         for name in STAGES:
             with loop_of(config, name, world) as loop:
                 losses_of(loop, 3)
-                with host_syncs(device) as places:
+                with host_waits(device) as places:
                     loop.step()
                 found[name] = list(places)
     return found
@@ -122,13 +122,13 @@ class TestWatcher:
         ],
     )
     def test_waiting(self, work: object) -> None:
-        with host_syncs(CPU) as found:
+        with host_waits(CPU) as found:
             work(torch.tensor([1.0, -2.0, 3.0]))  # type: ignore[operator]
         assert found
 
     def test_not_waiting(self) -> None:
         x = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
-        with host_syncs(CPU) as found:
+        with host_waits(CPU) as found:
             y = torch.where(x > 0, x, 0.0)[torch.tensor([2, 0])].masked_fill(torch.tensor([True, False]), 2.0)
             torch.repeat_interleave(y, torch.tensor([1, 2]), output_size=3).sort().values.sum().backward()
         assert found == []
@@ -144,7 +144,7 @@ class TestWatcher:
                 return gradients[0] * float(gradients[0].sum())
 
         loss = Asks.apply(torch.ones(3, requires_grad=True)).sum()
-        with host_syncs(CPU) as found:
+        with host_waits(CPU) as found:
             loss.backward()
         assert len(found) == 1
 
@@ -182,10 +182,10 @@ class TestOnGpu:
 
     def test_the_watcher_sees_what_waits(self) -> None:
         x = torch.ones(3, device=CUDA)
-        with host_syncs(CUDA) as found:
+        with host_waits(CUDA) as found:
             x = x * 2
         assert found == []
-        with host_syncs(CUDA) as found:
+        with host_waits(CUDA) as found:
             x.sum().item()
             x[x > 0]
         assert len(found) == 2

@@ -1,0 +1,225 @@
+"""What it costs to bring tokens to their experts and back, beside the products that the experts compute.
+
+    python benchmarks/expert_dispatch.py --config tiny
+    python benchmarks/expert_dispatch.py --config micro --tokens 4096 16384
+    deepspeed --num_gpus 4 benchmarks/expert_dispatch.py --config alpha --set parallel.expert_size=4
+
+Measured is one layer of the run's decoder, with random weights and tokens, in the run's precision; the number
+of tokens is that of each rank. Its forward pass is made twice: as the model makes it, with the backward pass,
+and step by step; both must give the same. Times are medians of rank 0 in ms, on the clock of the GPU where
+there is one:
+
+    layer, backward  the whole layer; shared experts are in it, and in no step
+    route            logits, softmax, the best experts of each token
+    sort             rows by expert, where each expert's run ends
+    permute          rows into that order
+    counts           how many rows each rank gets; the host waits here
+    send             rows to the ranks of their experts
+    regroup          rows that came, by expert, and back into the order in which they came
+    experts          the grouped products
+    return           rows back
+    combine          weighted sum of each token's rows
+
+``moved`` is the share of the steps from sort to return, the products left out, in all steps. Without expert
+ranks, counts, send, regroup and return do not exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# A launcher starts this file by its path: make the packages importable from a source tree too.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.clock import Clock
+from benchmarks.stepping import process_group
+from rxt_dist.arguments import add_overrides
+from rxt_dist.config import RunConfig, load_config
+from rxt_dist.errors import ConfigError, TrainingError, exit_with_message
+from rxt_dist.kernels.permute import permute_rows, repeat_permuted
+from rxt_dist.model.initialisation import initialise
+from rxt_dist.model.moe import ExpertOrder, Experts, MoE
+from rxt_dist.parallel.bootstrap import World
+from rxt_dist.parallel.experts import ExpertParallel, Traffic, exchange
+from rxt_dist.parallel.mesh import Mesh
+
+STEPS = ("route", "sort", "permute", "counts", "send", "regroup", "experts", "return", "combine")
+MOVING = ("sort", "permute", "counts", "send", "regroup", "return")
+WHOLE = ("layer", "backward")
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+def build_layer(config: RunConfig, world: World) -> MoE:
+    """A layer of the decoder, of whose experts this rank has its part. Collective."""
+    part = config.model.decoder
+    if part.moe is None:
+        raise ConfigError("model.decoder.moe: found null, this model has no experts to measure")
+    with torch.device("meta"):
+        layer = MoE(
+            part.moe, config.model.embed_dim, part.ff_dim, gated=part.gated_ff, activation=part.activation
+        )
+        mesh = Mesh(world.size, config.parallel.tensor_size, config.parallel.expert_size)
+        if mesh.expert_size > 1:
+            groups = [dist.new_group(list(ranks)) for ranks in mesh.expert_groups()]
+            own = groups[mesh.coordinates(world.rank).edp]
+            layer.experts = ExpertParallel(layer.experts, mesh, world.rank, own)
+    layer.to_empty(device="cpu")
+    layer.router.reset_statistics()
+    initialise(layer, config.seed)
+    return layer.to(world.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+
+
+def routed(layer: MoE, x: torch.Tensor, clock: Clock) -> torch.Tensor:
+    """The weighted outputs of the chosen experts [N, D] of ``x`` [N, D], step by step."""
+    experts = layer.experts
+    routing = layer.router(x)
+    clock.mark("route")
+    order = ExpertOrder.of(routing.experts, layer.config.num_experts)
+    clock.mark("sort")
+    rows = repeat_permuted(x, order.order, order.inverse, layer.config.top_k)
+    clock.mark("permute")
+    if isinstance(experts, ExpertParallel):
+        traffic = Traffic.agree(order.offsets, experts.group, active=True)
+        clock.mark("counts")
+        rows = exchange(rows, traffic.sent, traffic.received, experts.group)
+        clock.mark("send")
+        local = ExpertOrder.of(traffic.local_experts, experts.w_in.shape[0])
+        rows = permute_rows(rows, local.order, local.inverse)
+        clock.mark("regroup")
+        rows = Experts.forward(experts, rows, local.offsets, local.expert_of_row)
+        clock.mark("experts")
+        rows = permute_rows(rows, local.inverse, local.order)
+        clock.mark("regroup")
+        rows = exchange(rows, traffic.received, traffic.sent, experts.group)
+        clock.mark("return")
+    else:
+        rows = experts(rows, order.offsets, order.expert_of_row)
+        clock.mark("experts")
+    slots = permute_rows(rows, order.inverse, order.order).view(*routing.experts.shape, x.shape[-1])
+    out: torch.Tensor = (slots * routing.weights.to(slots.dtype)[..., None]).sum(dim=1)
+    clock.mark("combine")
+    return out
+
+
+def measure(
+    layer: MoE, tokens: int, world: World, arguments: argparse.Namespace
+) -> tuple[dict[str, float], float]:
+    """Median seconds of every step and of the whole layer; rows of the busiest expert over the mean.
+    Collective."""
+    weight = layer.router.proj.weight
+    generator = torch.Generator().manual_seed(world.rank)
+    x = torch.randn(tokens, weight.shape[1], generator=generator).to(weight).requires_grad_()
+    steps, whole = Clock(world.device, STEPS), Clock(world.device, WHOLE)
+    layer.loads = torch.zeros(layer.config.num_experts, dtype=torch.int64, device=world.device)
+    for _ in range(arguments.warmup + arguments.repeats):
+        layer.zero_grad()
+        x.grad = None
+        whole.start_step()
+        out, _ = layer(x)
+        whole.mark("layer")
+        out.backward(torch.ones_like(out))
+        whole.mark("backward")
+        steps.start_step()
+        with torch.no_grad():
+            routed(layer, x, steps)
+    check(layer, x, world)
+    found = {}
+    for clock, names in ((steps, STEPS), (whole, WHOLE)):
+        seconds = clock.read()[arguments.warmup :]
+        found |= {name: statistics.median(one[name] for one in seconds) for name in names}
+    loads = layer.loads.double()
+    dist.all_reduce(loads)
+    return found, float(loads.max() / loads.mean())
+
+
+def check(layer: MoE, x: torch.Tensor, world: World) -> None:
+    """The steps must be those of the layer."""
+    with torch.no_grad():
+        expected = layer.run_experts(x, layer.router(x))
+        clock = Clock(world.device, STEPS)
+        clock.start_step()
+        error = (routed(layer, x, clock) - expected).abs().max() / expected.abs().max()
+    if not error <= TOLERANCE[x.dtype]:
+        raise TrainingError(
+            f"the steps differ from the layer by {float(error):.1e}: the times would mean nothing"
+        )
+
+
+def header() -> str:
+    columns = "".join(f"{name:>10}" for name in (*WHOLE, *STEPS))
+    return f"{'tokens':>8}{'uneven':>8}{columns}{'moved':>8}"
+
+
+def line(tokens: int, seconds: dict[str, float], uneven: float) -> str:
+    total = sum(seconds[name] for name in STEPS)
+    moved = sum(seconds[name] for name in MOVING) / total
+    cells = "".join(f"{seconds[name] * 1e3:>10.3f}" for name in (*WHOLE, *STEPS))
+    return f"{tokens:>8}{uneven:>8.2f}{cells}{moved:>8.1%}"
+
+
+def describe(config: RunConfig, layer: MoE, world: World, arguments: argparse.Namespace) -> str:
+    """Machine, versions and layer."""
+    device = f"CPU, {torch.get_num_threads()} thread(s) a rank"
+    if world.device.type == "cuda":
+        device = torch.cuda.get_device_name(world.device)
+    moe, part = layer.config, config.model.decoder
+    return "\n".join(
+        (
+            f"{device}; ranks: {world.size}, expert ranks: {config.parallel.expert_size}; "
+            f"python {platform.python_version()}, torch {torch.__version__}",
+            f"{config.model.name}: width {config.model.embed_dim}, {moe.num_experts} experts of "
+            f"{part.ff_dim}, top {moe.top_k}, {config.precision}",
+            f"medians of {arguments.repeats} passes after {arguments.warmup} of warm-up, in ms; uneven: rows "
+            "of the busiest expert over the mean",
+            "",
+            header(),
+        )
+    )
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="tiny", help="run file or name of a packaged one (%(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1024, 8192], help="of each rank (default: 1024 8192)"
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="measured passes (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=5, help="passes before them (%(default)s)")
+    add_overrides(parser, "parallel.expert_size=2")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if min(arguments.tokens) < 1 or arguments.repeats < 1 or arguments.warmup < 0:
+        parser.error("--tokens and --repeats must be 1 or more, --warmup 0 or more")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides, require_data=False)
+    with process_group(config) as (world, _):
+        layer = build_layer(config, world)
+        if world.is_main:
+            print(describe(config, layer, world, arguments), flush=True)
+        for tokens in arguments.tokens:
+            seconds, uneven = measure(layer, tokens, world, arguments)
+            if world.is_main:
+                print(line(tokens, seconds, uneven), flush=True)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    return exit_with_message(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
