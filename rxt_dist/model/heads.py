@@ -8,6 +8,7 @@ from torch import nn
 
 from rxt_dist.config import ModelConfig
 from rxt_dist.errors import ConfigError
+from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.model.initialisation import Distribution, linear_default
 from rxt_dist.model.norm import make_norm
 
@@ -28,6 +29,13 @@ class LMHead(nn.Linear):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.embed_dim, vocabulary(config))
+
+    def loss(
+        self, hidden: torch.Tensor, targets: torch.Tensor, chunk: int, *, trains: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :func:`linear_cross_entropy`; without ``trains`` the head gets no gradient."""
+        weight, bias = (p if trains else p.detach() for p in (self.weight, self.bias))
+        return linear_cross_entropy(hidden, weight, bias, targets, chunk)
 
 
 class MLMHead(nn.Module):
@@ -51,3 +59,9 @@ class MLMHead(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.norm(F.gelu(self.dense(hidden)))
         return features
+
+    def loss(
+        self, features: torch.Tensor, targets: torch.Tensor, chunk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :func:`linear_cross_entropy`."""
+        return linear_cross_entropy(features, self.weight, self.bias, targets, chunk)

@@ -15,7 +15,6 @@ import torch
 from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.config.run import COMPONENTS
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
-from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.model import Memory, RxTModel
 from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK, NEVER, Term, aux_weight
 from rxt_dist.stages.lane_stage import LaneStageModule, Sums, add_sums
@@ -53,10 +52,8 @@ class SmatModule(LaneStageModule):
         assert before is not None
         stm, gates = self.write(self.with_resets(stm, at), before)
         hidden, balance = self.decode(stm, at)
-        head = self.decoder.lm_head
-        weight, bias = (p if self.trains("decoder") else p.detach() for p in (head.weight, head.bias))
-        rows = hidden.index_select(0, at.next_index)
-        loss, correct = linear_cross_entropy(rows, weight, bias, at.next_targets, CROSS_ENTROPY_CHUNK)
+        rows, head = hidden.index_select(0, at.next_index), self.decoder.lm_head
+        loss, correct = head.loss(rows, at.next_targets, CROSS_ENTROPY_CHUNK, trains=self.trains("decoder"))
         return stm, gates, (loss, correct, balance)
 
     def run(

@@ -20,6 +20,7 @@ from rxt_dist.interchange.native import NativeReader
 from rxt_dist.model import build_model
 from rxt_dist.observe.metrics import TrainState
 from rxt_dist.parallel.bootstrap import World
+from rxt_dist.parallel.collectives import sum_over_ranks
 from rxt_dist.parallel.mesh import Mesh
 from rxt_dist.parallel.parallelize import parallelize
 from rxt_dist.stages import Pieces, build_stage, open_pieces
@@ -135,7 +136,7 @@ class Trainer:
         module.to(world.device)
         optimizer = stage_optimizer(config, stage)
         fused = world.device.type == "cuda"
-        settings = deepspeed_config(config, stage, dp_size=world.size, optimizer=optimizer, fused=fused)
+        settings = deepspeed_config(config, stage, dp_size=world.dp_size, optimizer=optimizer, fused=fused)
         engine = StageEngine(model, module, settings, world.device)
         if resumed is not None:
             resumed.load_fragments(engine.moment_fragments())
@@ -223,9 +224,8 @@ class Trainer:
 
     def _global_values(self, engine: StageEngine, metrics: torch.Tensor) -> dict[str, float]:
         """Loss and metrics of the whole step, from this rank's share of them. Waits for the device."""
-        metrics = metrics.double()
-        dist.all_reduce(metrics)
-        return dict(zip(("loss", *engine.module.metric_names), metrics.tolist(), strict=True))
+        values = sum_over_ranks(metrics.double()).tolist()
+        return dict(zip(("loss", *engine.module.metric_names), values, strict=True))
 
     def _check_finite(self, stage: StageConfig, loss: float) -> None:
         """A diverged run ends before it saves a checkpoint."""

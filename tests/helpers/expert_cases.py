@@ -6,7 +6,7 @@ Both start from the same whole model and see the same data. What they have in co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +26,13 @@ from helpers.lanes import (
     windows,
 )
 
-from rxt_dist.checkpoint.fragments import canonical_parts
 from rxt_dist.config import RunConfig, load_config
 from rxt_dist.data.batch import MaskPlan, TextBatch, build_text_batch
 from rxt_dist.data.order import Pack
 from rxt_dist.data.pieces import Piece
 from rxt_dist.kernels.attention import set_attention_backend
 from rxt_dist.model import RxTModel, build_model
+from rxt_dist.model.canonical import canonical_parts
 from rxt_dist.model.moe import MoE
 from rxt_dist.parallel.mesh import Mesh
 from rxt_dist.parallel.parallelize import parallelize
@@ -51,6 +51,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no bias": {"bias": "off"},
     "eight experts": {"num_experts": 8, "top_k": 3},
 }
+_ATTENTIONS = (
+    "encoder.attention",
+    "decoder.attention",
+    "decoder.cross_attention",
+    "memory_attention.attention",
+    "memory_attention.interlayer_attention",
+)
+HEADS = {
+    "as tiny": None,
+    "one kv head, gated": "{query_heads: 4, kv_heads: 1, gated: true, qk_norm: true}",
+    "reverse": "{query_heads: 2, kv_heads: 4, qk_norm: true, output_bias: false}",
+}
+"""What all attentions of a case have; None: each its own."""
 STAGES = {
     "joint_lm": f"{{name: joint_lm, steps: {STEPS}}}",
     "smat": f"{{name: smat, steps: {STEPS}}}",
@@ -70,9 +83,15 @@ class Case(NamedTuple):
     accumulation: int = 1
     variant: str = "shared expert"
     recompute: str = "none"
+    tensor_size: int = 1
+    heads: str = "as tiny"
+
+    @property
+    def dp_size(self) -> int:
+        return self.world // self.tensor_size
 
     def config(self) -> RunConfig:
-        micro = UNITS // (self.world * self.accumulation)
+        micro = UNITS // (self.dp_size * self.accumulation)
         values = SETTINGS | {
             "model.embed_dim": 32,
             "stages": f"[{STAGES[self.stage]}]",
@@ -83,10 +102,14 @@ class Case(NamedTuple):
             "batch.window": WINDOW,
             "zero.stage": self.zero,
             "parallel.expert_size": self.expert_size,
+            "parallel.tensor_size": self.tensor_size,
             "runtime.recompute": self.recompute,
             "optimizer": f"{{clip_norm: {CLIP}, schedule: constant}}",
             **{f"model.decoder.moe.{name}": value for name, value in VARIANTS[self.variant].items()},
         }
+        heads = HEADS[self.heads]
+        if heads is not None:
+            values |= {f"model.{name}": heads for name in _ATTENTIONS}
         return load_config("tiny", [f"{name}={value}" for name, value in values.items()], require_data=False)
 
 
@@ -105,10 +128,11 @@ class Pieces:
         return np.concatenate([self.read(piece).tokens for piece in pieces.tolist()])
 
 
-def text_batch(packs: range, step: int) -> TextBatch:
-    """Packs of one piece each; those of the second half have no masked token."""
+def text_batch(case: Case, packs: range, step: int) -> TextBatch:
+    """Packs of one piece each; where a step has several micro-batches, its second half has no masked token."""
+    masked = packs.start < UNITS // 2 or case.dp_size * case.accumulation == 1
     pack = Pack(np.array(packs, dtype=np.int64), np.full(len(packs), step, dtype=np.int64))
-    return build_text_batch(Pieces(), pack, MaskPlan(77, 0.5 if packs.start < UNITS // 2 else 1e-12), MASK_ID)
+    return build_text_batch(Pieces(), pack, MaskPlan(77, 0.5 if masked else 1e-12), MASK_ID)
 
 
 def conversations(case: Case) -> MemoryPieces:
@@ -135,35 +159,40 @@ def whole_model(case: Case) -> RxTModel:
 
 
 def model_of_rank(case: Case, whole: RxTModel, rank: int) -> RxTModel:
-    mesh = Mesh(case.world, expert_size=case.expert_size)
+    mesh = Mesh(case.world, case.tensor_size, case.expert_size)
     model = build_model(case.config().model, 0, lambda one: parallelize(one, mesh, rank))
-    source = dict(whole.named_parameters())
+    source = canonical_values(whole, dict(whole.named_parameters()))
     with torch.no_grad():
         for name, parts in canonical_parts(model).items():
-            flat, values = model.get_parameter(name).view(-1), source[name].view(-1)
-            if len(parts) == 1:
-                values = values[parts[0].offset :]
-            flat.copy_(values[: flat.numel()])
+            flat = model.get_parameter(name).view(-1)
+            for part in parts:
+                part.of(flat).copy_(part.taken_from(source[part.name]))
     return model
 
 
 def text_steps(case: Case, engine: StageEngine, rank: int) -> Iterator[list[tuple[Any, dict[str, int]]]]:
-    share = UNITS // case.world
+    share = UNITS // case.dp_size
     size = share // case.accumulation
     for step in range(STEPS):
-        packs = [text_batch(range(unit, unit + 1), step) for unit in range(UNITS)]
+        packs = [text_batch(case, range(unit, unit + 1), step) for unit in range(UNITS)]
         counts: dict[str, int] = {}
         for pack in packs:
             for name, count in engine.module.local_counts(pack).items():
                 counts[name] = counts.get(name, 0) + count
         own = range(rank * share, (rank + 1) * share, size)
-        yield [(text_batch(range(first, first + size), step), counts) for first in own]
+        yield [(text_batch(case, range(first, first + size), step), counts) for first in own]
 
 
 def lane_steps(case: Case, rank: int) -> Iterator[list[tuple[Any, dict[str, int]]]]:
-    micro = UNITS // (case.world * case.accumulation)
+    micro = UNITS // (case.dp_size * case.accumulation)
     with windows(
-        conversations(case), window=WINDOW, lanes=UNITS, rank=rank, ranks=case.world, micro=micro
+        conversations(case),
+        window=WINDOW,
+        lanes=UNITS,
+        rank=rank,
+        ranks=case.dp_size,
+        micro=micro,
+        look_back=case.stage != "memory_attention",
     ) as steps:
         for _ in range(STEPS):
             step = next(steps)
@@ -185,9 +214,10 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
     config = case.config()
     engine = start_engine(config, model, {"optimizer": OPTIMIZERS[optimizer]})
     rate = OPTIMIZERS[optimizer]["params"]["lr"]
-    share = UNITS // case.world
+    share = UNITS // case.dp_size
     stm = torch.zeros(2, share, config.model.stm_size, 32)
     found: dict[str, Any] = {"loss": [], "norm": [], "gradients": []}
+    rank //= case.tensor_size  # of its data-parallel group from here on
     steps = text_steps(case, engine, rank) if case.stage == "joint_lm" else lane_steps(case, rank)
     for number, batches in enumerate(steps):
         engine.begin_step(number, {start: rate * (number >= start) for start in engine.group_starts})
@@ -208,23 +238,25 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
         found["loss"].append(sum(losses))
         found["norm"].append(engine.gradient_norm())
     found["fragments"] = {
-        key: (one.numel, one.offset, one.values.clone()) for key, one in engine.owned_fragments().items()
+        key: (one.shape, [(list(where), values.clone()) for where, values in one.chunks])
+        for key, one in engine.owned_fragments().items()
     }
     found["shapes"] = engine.tensor_shapes()
     engine.close()
     return found
 
 
-def _gradients(engine: StageEngine, model: RxTModel) -> dict[str, torch.Tensor]:
-    """Reduced gradients before clipping, by canonical name with the place in the whole tensor."""
+def _gradients(engine: StageEngine, model: RxTModel) -> dict[str, list[Any]]:
+    """Reduced gradients before clipping, by canonical name: boxes, each with its place in the whole tensor."""
     trained = {id(p) for group in engine.engine.optimizer.bit16_groups for p in group}
-    found = {}
+    found: dict[str, list[Any]] = {}
     for name, parts in canonical_parts(model).items():
         parameter = model.get_parameter(name)
         if id(parameter) in trained:
             flat = parameter.get_full_hp_grad().view(-1)  # type: ignore[attr-defined]
             for part in parts:
-                found[part.name] = (part.offset, part.of(flat).clone())
+                box = part.of(flat).view(part.box.sizes).clone()
+                found.setdefault(part.name, []).append((list(part.box.starts), box))
     return found
 
 
@@ -267,7 +299,7 @@ class Plain:
 
     def loss(self, number: int) -> torch.Tensor:
         if self.case.stage == "joint_lm":
-            packs = [text_batch(range(unit, unit + 1), number) for unit in range(UNITS)]
+            packs = [text_batch(self.case, range(unit, unit + 1), number) for unit in range(UNITS)]
             return naive.loss(naive.means(self.model, packs), self.config, 0)
         return self._lane_loss(number)
 
@@ -320,10 +352,15 @@ class Plain:
         return loss.item(), norm, gradients
 
     def canonical(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Flat values by canonical name."""
-        return {
-            part.name: part.of(values[name].reshape(-1))
-            for name, parts in canonical_parts(self.model).items()
-            if name in values
-            for part in parts
-        }
+        """``values`` of parameters by canonical name."""
+        return canonical_values(self.model, values)
+
+
+def canonical_values(model: RxTModel, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``values`` of parameters of a whole model by canonical name."""
+    return {
+        part.name: part.of(values[name].reshape(-1)).view(part.shape)
+        for name, parts in canonical_parts(model).items()
+        if name in values
+        for part in parts
+    }
