@@ -165,7 +165,7 @@ def open_feed(
     blocks = _corrupt_blocks(state.pop(_CORRUPT_BLOCKS, []))
     source.lose(blocks)
     skip, limit = config.data.on_corrupt == "skip", config.data.max_corrupt_blocks
-    corrupt = CorruptBlocks(skip=skip, limit=limit, known=blocks)
+    corrupt = CorruptBlocks(skip=skip, limit=limit, known=blocks, copies=world.tensor_size)
     if not stage.uses_lanes:
         return Feed(
             TextLoader(

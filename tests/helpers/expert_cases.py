@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from helpers import naive
 from helpers.engines import join_deepspeed, start_engine
 from helpers.lanes import (
@@ -31,7 +32,7 @@ from rxt_dist.data.batch import MaskPlan, TextBatch, build_text_batch
 from rxt_dist.data.order import Pack
 from rxt_dist.data.pieces import Piece
 from rxt_dist.kernels.attention import set_attention_backend
-from rxt_dist.model import RxTModel, build_model
+from rxt_dist.model import RxTModel, SequenceLayout, build_model
 from rxt_dist.model.canonical import canonical_parts
 from rxt_dist.model.moe import MoE
 from rxt_dist.parallel.mesh import Mesh
@@ -69,6 +70,7 @@ STAGES = {
     "smat": f"{{name: smat, steps: {STEPS}}}",
     "smat, frozen decoder": f"{{name: smat, steps: {STEPS}, frozen: [decoder]}}",
     "smat, decoder joins": f"{{name: smat, steps: {STEPS}, unfreeze: {{decoder: 1}}}}",
+    "memory_attention": f"{{name: memory_attention, steps: {STEPS}, stm_difference_scale: 0.3}}",
     "smat, always fresh": f"{{name: smat, steps: {STEPS}}}",
 }
 
@@ -267,7 +269,8 @@ class Plain:
         self.case, self.config = case, case.config()
         self.model = whole_model(case)
         self.margin = float("inf")
-        self.unused = True
+        self.unused: bool | None = None
+        """Whether no token chose the last expert; None if no token was routed."""
         for moe in self.model.modules():
             if isinstance(moe, MoE):
                 moe.router.register_forward_hook(self._look)
@@ -285,14 +288,18 @@ class Plain:
         logits = router.proj(arguments[0].detach()).detach()
         best = logits.topk(router.top_k + 1).values
         self.margin = min(self.margin, float((best[:, -2] - best[:, -1]).min()))
-        self.unused &= not bool((routing.experts == logits.shape[1] - 1).any())
+        unused = not bool((routing.experts == logits.shape[1] - 1).any())
+        self.unused = unused if self.unused is None else self.unused and unused
 
     def groups(self) -> dict[int, dict[str, torch.nn.Parameter]]:
         """Trained parameters by the step from which they train; the embedding goes with the encoder."""
         found: dict[int, dict[str, torch.nn.Parameter]] = {}
-        text = self.case.stage == "joint_lm"
+        components = {
+            "joint_lm": ("encoder", "decoder", "mlm_head"),
+            "memory_attention": ("memory_attention",),
+        }.get(self.case.stage, ("encoder", "decoder", "memory_attention"))
         for name, parameter in self.model.named_parameters():
-            if not name.startswith("memory_attention" if text else "mlm_head"):
+            if name.startswith(components):
                 start = self.start if name.startswith("decoder") else 0
                 found.setdefault(start, {})[name] = parameter
         return found
@@ -301,7 +308,33 @@ class Plain:
         if self.case.stage == "joint_lm":
             packs = [text_batch(self.case, range(unit, unit + 1), number) for unit in range(UNITS)]
             return naive.loss(naive.means(self.model, packs), self.config, 0)
+        if self.case.stage == "memory_attention":
+            return self._write_loss(number)
         return self._lane_loss(number)
+
+    def _write_loss(self, number: int) -> torch.Tensor:
+        """Distances of written slots to their labels, and the size of the changes."""
+        cosines, changes, slots = [], [], 0
+        for lane in range(UNITS):
+            stm = self.carried.get(lane)
+            for places in self.places[number * WINDOW : (number + 1) * WINDOW]:
+                place = places[lane]
+                interaction = self.source.conversations[place.conversation][place.number]
+                before = fresh_stm(self.config, place.visit) if place.number == 0 else stm
+                assert before is not None
+                with torch.no_grad():
+                    layout = SequenceLayout.from_lengths([len(interaction.tokens)])
+                    encoded = self.model.encoder(torch.tensor(interaction.tokens), layout)
+                stm = self.model.memory_attention(before, encoded, layout)
+                new = 0.9 if place.number == 0 else max(0.05, 0.5 - 0.05 * place.number)
+                used = min(self.config.model.stm_size, len(interaction.tokens))
+                label = (1 - new) * before.detach()[:, 0, :used] + new * encoded[:, :used]
+                cosines.append(F.cosine_similarity(stm[:, 0, :used], label, dim=-1).mean(dim=0).sum())
+                changes.append((place.number + 1) ** 0.5 * (stm - before).square().mean())
+                slots += used
+            assert stm is not None
+            self.carried[lane] = stm.detach()
+        return -torch.stack(cosines).sum() / slots + 0.3 * torch.stack(changes).mean()
 
     def _lane_loss(self, number: int) -> torch.Tensor:
         answers = []
