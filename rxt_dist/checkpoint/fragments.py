@@ -1,9 +1,9 @@
 """Pieces of tensors, as torch's distributed checkpoint (DCP) sees them.
 
-ZeRO gives every rank a contiguous run of the flattened parameters, and of a tensor that tensor-parallel ranks
-share a parameter is a box. A :class:`Fragment` describes what a rank holds of one tensor as boxes of it: DCP
-stores each of them and reshards on load, so saving needs no communication and any other division of the tensor
-can read it back.
+ZeRO gives every rank a contiguous run of the flattened parameters, and of a tensor that tensor-parallel
+ranks share a parameter is a box. A :class:`Fragment` describes what a rank holds of one tensor as boxes of
+it: DCP stores each of them and reshards on load, so saving needs no communication and any other division of
+the tensor can read it back.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Fragment:
 
     @classmethod
     def run(cls, numel: int, offset: int, values: torch.Tensor) -> Fragment:
-        """``values`` [n] are the elements ``offset .. offset + n`` of a one-dimensional tensor of ``numel``."""
+        """``values`` [n] are the elements ``offset .. offset + n`` of a tensor of shape [``numel``]."""
         return cls((numel,), (((offset,), values),))
 
     def size(self) -> torch.Size:
@@ -123,7 +123,7 @@ def add_fragment(found: dict[str, Fragment], key: str, fragment: Fragment) -> No
 
 
 def boxes_of_run(sizes: tuple[int, ...], low: int, high: int) -> Iterator[Box]:
-    """The elements ``low .. high`` (not empty) of a flattened tensor of ``sizes`` as boxes of it, in order."""
+    """The elements ``low .. high`` (not none) of a flattened tensor of ``sizes`` as boxes of it, in order."""
     if len(sizes) == 1:
         yield Box((low,), (high - low,))
         return

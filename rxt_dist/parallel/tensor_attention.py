@@ -1,8 +1,9 @@
 """Attention whose heads are dealt out over tensor-parallel ranks.
 
-The larger of query heads and key/value heads is dealt out evenly. The other side follows where it divides too;
-where it does not (fewer key/value heads than ranks, or reverse sparse query attention, whose query heads are
-each read by key/value heads far apart), every rank has all its weights and computes the heads that it needs.
+The larger of query heads and key/value heads is dealt out evenly. The other side follows where it divides
+too; where it does not (fewer key/value heads than ranks, or reverse sparse query attention, whose query heads
+are each read by key/value heads far apart), every rank has all its weights and computes the heads that it
+needs.
 """
 
 from __future__ import annotations

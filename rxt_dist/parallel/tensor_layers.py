@@ -15,18 +15,18 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import ModelParallelConfig
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-)
-from megatron.core.utils import get_pg_size
 from torch import nn
 
 from rxt_dist.model.canonical import Cut
 from rxt_dist.model.initialisation import Distribution, linear_default
 from rxt_dist.model.stacked import StackedLinear
+from rxt_dist.parallel.megatron import (
+    ColumnParallelLinear,
+    ModelParallelConfig,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    get_pg_size,
+)
 from rxt_dist.parallel.regions import leave_parts
 
 
@@ -61,8 +61,8 @@ def _megatron_config(tensor: TensorRank) -> ModelParallelConfig:
 class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
     """Some outputs of a linear map. x [N, I] -> [N, o].
 
-    ``whole`` is the map, ``held`` the outputs of each of the canonical tensors that it consists of, of ``rows``
-    outputs each. With ``adds_gradient`` false the caller adds up the gradients of x over the ranks.
+    ``whole`` is the map, ``held`` the outputs of each of the canonical tensors that it consists of, of
+    ``rows`` outputs each. With ``adds_gradient`` false the caller adds up the gradients of x over the ranks.
     """
 
     def __init__(

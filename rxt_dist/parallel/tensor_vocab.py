@@ -21,7 +21,7 @@ from rxt_dist.parallel.tensor_layers import TensorRank, real_rows, vocabulary_pa
 
 
 class _VocabHead(nn.Module):
-    """Weight and bias of the rows of the vocabulary that this rank holds; padding is behind them, all zeros."""
+    """Weight and bias of the rows of the vocabulary that this rank holds; behind them padding, all zeros."""
 
     weight: nn.Parameter
     bias: nn.Parameter

@@ -31,8 +31,8 @@ def evaluate_stage(
 ) -> dict[str, Any]:
     """Results of a stage on the validation split; what ``eval.jsonl`` holds of it.
 
-    Collective: all ranks call it and get the same numbers; samples are made by the first data-parallel rank only. The module
-    is in evaluation mode (no noise, no dropout) meanwhile.
+    Collective: all ranks call it and get the same numbers; samples are made by the first data-parallel rank
+    only. The module is in evaluation mode (no noise, no dropout) meanwhile.
     """
     was_training = module.training
     module.eval()

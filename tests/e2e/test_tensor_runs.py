@@ -1,4 +1,4 @@
-"""Launched runs whose ranks share tensors: the same as on one rank, resumed on other meshes, evaluated alone."""
+"""Launched runs whose ranks share tensors: the same as on one rank, resumed elsewhere, evaluated alone."""
 
 from __future__ import annotations
 

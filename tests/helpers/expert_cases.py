@@ -131,7 +131,7 @@ class Pieces:
 
 
 def text_batch(case: Case, packs: range, step: int) -> TextBatch:
-    """Packs of one piece each; where a step has several micro-batches, its second half has no masked token."""
+    """Packs of one piece each; of several micro-batches of a step the second half has no masked token."""
     masked = packs.start < UNITS // 2 or case.dp_size * case.accumulation == 1
     pack = Pack(np.array(packs, dtype=np.int64), np.full(len(packs), step, dtype=np.int64))
     return build_text_batch(Pieces(), pack, MaskPlan(77, 0.5 if masked else 1e-12), MASK_ID)
@@ -249,7 +249,7 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
 
 
 def _gradients(engine: StageEngine, model: RxTModel) -> dict[str, list[Any]]:
-    """Reduced gradients before clipping, by canonical name: boxes, each with its place in the whole tensor."""
+    """Reduced gradients before clipping, by canonical name: boxes with their places in the whole tensor."""
     trained = {id(p) for group in engine.engine.optimizer.bit16_groups for p in group}
     found: dict[str, list[Any]] = {}
     for name, parts in canonical_parts(model).items():

@@ -33,6 +33,7 @@ _PRELOADED = [
     "deepspeed.runtime.zero.muon.original_muon",
     "rxt_dist.train.run",
     "rxt_dist.train.trainer",
+    "rxt_dist.parallel.megatron",
 ]
 
 _server = multiprocessing.get_context("forkserver")
