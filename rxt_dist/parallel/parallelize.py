@@ -79,16 +79,16 @@ def share_tensors(model: RxTModel, tensor: TensorRank) -> None:
     from rxt_dist.parallel.tensor_vocab import TensorLMHead, TensorMLMHead
 
     decoder = model.decoder
-    model.encoder.embedding = decoder.embedding = VocabEmbedding(decoder.embedding, tensor)  # type: ignore[assignment]
+    model.encoder.embedding = decoder.embedding = VocabEmbedding(decoder.embedding, tensor)
     for layer in (*decoder.stateless_layers, *decoder.layers, *decoder.final_stateless_layers):
         if layer.cross_attention is not None:
-            layer.cross_attention = TensorCrossAttention(layer.cross_attention, tensor)  # type: ignore[arg-type]
+            layer.cross_attention = TensorCrossAttention(layer.cross_attention, tensor)
     for layer in [part for part in model.modules() if isinstance(part, Layer)]:
-        layer.attention = TensorSelfAttention(layer.attention, tensor)  # type: ignore[arg-type]
+        layer.attention = TensorSelfAttention(layer.attention, tensor)
         if isinstance(layer.feed_forward, FeedForward):
             split_feed_forward(layer.feed_forward, tensor)
         else:
-            layer.feed_forward = SlicedMoE(layer.feed_forward, tensor)  # type: ignore[arg-type]
+            layer.feed_forward = SlicedMoE(layer.feed_forward, tensor)
     for name, part in list(model.memory_attention.named_children()):
         if isinstance(part, StackedAttention):
             setattr(model.memory_attention, name, TensorStackedAttention(part, tensor))
@@ -172,7 +172,7 @@ def _sum_gradient(parameter: nn.Parameter, group: ProcessGroup) -> None:
         return summed(gradient, group)
 
     if parameter.requires_grad:
-        parameter.register_hook(over_group)
+        parameter.register_hook(over_group)  # type: ignore[no-untyped-call]
 
 
 def group_name(mesh: Mesh) -> str:

@@ -77,11 +77,9 @@ def _fewest(partners: list[int], reverse: bool) -> list[int]:
 class _Dealt(nn.Module):
     """What the attentions below have in common; mixed into the attention that they replace."""
 
-    query_norm: nn.Module | None
-
     def partial_parameters(self) -> list[str]:
         """Head norms are copies, of which each rank sees its heads."""
-        return [] if self.query_norm is None else ["query_norm.weight", "key_norm.weight"]
+        return [f"{name}.weight" for name in ("query_norm", "key_norm") if getattr(self, name) is not None]
 
 
 def _take_over(part: nn.Module, whole: nn.Module) -> None:
@@ -153,8 +151,8 @@ class TensorCrossAttention(_Dealt, CrossAttention):
         self._tensor = tensor
         query, kv = deal_heads(whole.query_heads, whole.kv_heads, tensor.rank, tensor.size)
         self._whole_rows = kv.total * self.head_width
-        self.q = _projection(whole.q, [query], self.head_width, tensor)  # type: ignore[assignment]
-        self.kv = _projection(whole.kv, [kv, kv], self.head_width, tensor)  # type: ignore[assignment]
+        self.q = _projection(whole.q, [query], self.head_width, tensor)
+        self.kv = _projection(whole.kv, [kv, kv], self.head_width, tensor)
         _share_outputs(self, query, kv, tensor)
 
     def canonical_parts(self) -> dict[str, list[tuple[str, int]]]:
@@ -175,8 +173,8 @@ class TensorStackedAttention(_Dealt, StackedAttention):
         _take_over(self, whole)
         self._tensor = tensor
         width = self.head_width
-        heads = [linear.weight.shape[1] // width for linear in (whole.q, whole.k)]
-        query, kv = deal_heads(*heads, tensor.rank, tensor.size)
+        query_heads, kv_heads = (linear.weight.shape[1] // width for linear in (whole.q, whole.k))
+        query, kv = deal_heads(query_heads, kv_heads, tensor.rank, tensor.size)
         for name, side in (("q", query), ("k", kv), ("v", kv)):
             linear = getattr(whole, name)
             part = (

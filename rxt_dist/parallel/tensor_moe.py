@@ -24,8 +24,8 @@ def split_feed_forward(layer: FeedForward, tensor: TensorRank) -> None:
     """Leave in ``layer`` the hidden channels of one rank."""
     hidden = layer.out_proj.in_features
     held, pieces = tensor.part_of(hidden), 2 if layer.gated else 1
-    layer.in_proj = ColumnLinear(layer.in_proj, [hidden] * pieces, [held] * pieces, tensor)  # type: ignore[assignment]
-    layer.out_proj = RowLinear(layer.out_proj, held, tensor)  # type: ignore[assignment]
+    layer.in_proj = ColumnLinear(layer.in_proj, [hidden] * pieces, [held] * pieces, tensor)
+    layer.out_proj = RowLinear(layer.out_proj, held, tensor)
 
 
 class SlicedMoE(MoE):

@@ -23,8 +23,8 @@ from rxt_dist.parallel.tensor_layers import TensorRank, real_rows, vocabulary_pa
 class _VocabHead(nn.Module):
     """Weight and bias of the rows of the vocabulary that this rank holds; behind them padding, all zeros."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter
+    weight: Any
+    bias: Any
 
     def hold(self, weight: torch.Tensor, tensor: TensorRank) -> None:
         """Take the place of a head with ``weight`` [V, D]."""
