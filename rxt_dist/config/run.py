@@ -56,7 +56,7 @@ class ParallelConfig(Section):
     """The mesh; the data-parallel size is the world size divided by tensor_size."""
 
     tensor_size: int = Field(1, ge=1)
-    """Ranks that share the attention heads and the feed-forward of a layer (axis tp)."""
+    """Ranks that share the heads and hidden channels of every layer and the vocabulary (axis tp)."""
     expert_size: int = Field(1, ge=1)
     """Ranks that share the experts of a layer (axis ep)."""
 
