@@ -184,7 +184,7 @@ class TensorStackedAttention(_Dealt, StackedAttention):
             )
             setattr(self, name, part)
         held = max(query, kv, key=lambda side: side.total).rows(width)
-        self.out = StackedRow(whole.out, held, tensor)
+        self.inner, self.out = len(held), StackedRow(whole.out, held, tensor)
         if whole.gate is not None:
             self.gate = StackedColumn(whole.gate, held)
 

@@ -9,6 +9,8 @@ visits, f hidden channels held here of each shared expert.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -47,7 +49,7 @@ class SlicedMoE(MoE):
     def run_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         group, loads = self._tensor.ranks, self.loads
         own = slice_of(x.shape[0], group)
-        part = Routing(take_slice(routing.weights, group), routing.experts[own], routing.chosen_mass[own])
+        part = replace(routing, weights=take_slice(routing.weights, group), experts=routing.experts[own])
         self.loads = None  # each rank counts all tokens, as its data-parallel peers do
         out = super().run_experts(take_slice(x, group), part)
         self.loads = loads

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rxt_dist.model.canonical import Cut
-from rxt_dist.model.heads import LMHead, MLMHead
+from rxt_dist.model.heads import CROSS_ENTROPY_CHUNK, LMHead, Loss, MLMHead
 from rxt_dist.model.initialisation import Distribution, linear_default
 from rxt_dist.parallel.regions import gathered, summed
 from rxt_dist.parallel.tensor_layers import TensorRank, real_rows, vocabulary_part
@@ -43,24 +43,26 @@ class _VocabHead(nn.Module):
     def initial_distributions(self) -> dict[str, Distribution]:
         return dict.fromkeys(("weight", "bias"), linear_default(self.weight.shape[1]))
 
-    def loss(
-        self, hidden: torch.Tensor, targets: torch.Tensor, chunk: int, *, trains: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        weight, bias = (p if trains else p.detach() for p in (self.weight, self.bias))
+    def loss(self, features: torch.Tensor, targets: torch.Tensor) -> Loss:
+        """Of rows [m, D], which all ranks have, and int64 targets [m]."""
         held, group = real_rows(self._vocabulary, self._rows), self._tensor.ranks
-        loss, correct = _VocabCrossEntropy.apply(hidden, weight, bias, targets, chunk, held, group)  # type: ignore[no-untyped-call]
+        loss, correct = _VocabCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            features, self.weight, self.bias, targets, CROSS_ENTROPY_CHUNK, held, group
+        )
         return loss, correct
 
 
 class TensorLMHead(_VocabHead, LMHead):
-    """Some rows of an LM head. Forward gives all logits [m, V], without gradient."""
+    """Some rows of an LM head. All logits [m, V] come without gradient."""
 
     def __init__(self, whole: LMHead, tensor: TensorRank) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = whole.in_features, whole.out_features
         self.hold(whole.weight, tensor)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor | Loss:  # type: ignore[override]
+        if targets is not None:
+            return self.loss(hidden, targets)
         own = F.linear(hidden, self.weight, self.bias)
         parts = gathered(own.detach(), self._tensor.ranks)
         return parts.transpose(0, 1).flatten(1)[:, : self._vocabulary]
@@ -73,6 +75,10 @@ class TensorMLMHead(_VocabHead, MLMHead):
         nn.Module.__init__(self)
         self.dense, self.norm = whole.dense, whole.norm
         self.hold(whole.weight, tensor)
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor | Loss:
+        features: torch.Tensor = super().forward(hidden)  # type: ignore[assignment]
+        return features if targets is None else self.loss(features, targets)
 
 
 class _VocabCrossEntropy(torch.autograd.Function):

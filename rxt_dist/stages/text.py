@@ -20,7 +20,7 @@ from rxt_dist.data.batch import TextBatch
 from rxt_dist.model import Memory, RxTModel, SequenceLayout
 from rxt_dist.model.stm import initial_stm
 from rxt_dist.randomness import normal_tensor, uniform_tensor
-from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK, StageModule, Term, aux_weight, layer_keys, uses
+from rxt_dist.stages.base import StageModule, Term, aux_weight, layer_keys, uses
 
 
 class TextStageModule(StageModule):
@@ -68,15 +68,13 @@ class TextStageModule(StageModule):
         layers = None
         if self.with_encoder:
             layers = self.encoder(batch.masked_tokens, batch.layout)
-            features = self.mlm_head(layers[-1][batch.masked_index])
-            loss, correct = self.mlm_head.loss(features, batch.masked_targets, CROSS_ENTROPY_CHUNK)
+            loss, correct = self.mlm_head(layers[-1][batch.masked_index], batch.masked_targets)
             terms["mlm_loss"] = Term(loss, "masked")
             terms["mlm_accuracy"] = Term(correct, "masked")
         if self.with_decoder:
             memory = self.memory(layers, batch.layout, batch.token_keys)
             output = self.decoder(batch.tokens, batch.layout, memory)
-            rows = output.hidden[batch.next_index]
-            loss, correct = self.decoder.lm_head.loss(rows, batch.next_targets, CROSS_ENTROPY_CHUNK)
+            loss, correct = self.decoder.lm_head(output.hidden[batch.next_index], batch.next_targets)
             terms["ar_loss"] = Term(loss, "next")
             terms["ar_accuracy"] = Term(correct, "next")
             if "aux_loss" in self.weights:

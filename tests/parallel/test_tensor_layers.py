@@ -24,6 +24,7 @@ from rxt_dist.model.heads import LMHead
 from rxt_dist.model.initialisation import initialise
 from rxt_dist.model.model import RxTModel, empty_model
 from rxt_dist.model.moe import MoE
+from rxt_dist.parallel import tensor_vocab
 from rxt_dist.parallel.mesh import Mesh
 from rxt_dist.parallel.parallelize import parallelize
 from rxt_dist.parallel.regions import enter_parts, join_slices, leave_parts, slice_of, take_slice
@@ -224,7 +225,8 @@ def heads(folder: Path, size: int) -> None:
             for parameter in head.parameters():
                 parameter.zero_()
         fill(head, whole)
-        loss, correct = head.loss(hidden, targets, chunk)
+        tensor_vocab.CROSS_ENTROPY_CHUNK = chunk
+        loss, correct = head(hidden, targets)
         (3 * loss).backward()
         with torch.no_grad():
             logits = head(hidden)
