@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,7 @@ def measure(config: RunConfig, index: int, world: World, arguments: argparse.Nam
     settings = deepspeed_config(
         config,
         stage,
-        dp_size=world.size,
+        dp_size=world.dp_size,
         optimizer=stage_optimizer(config, stage),
         fused=world.device.type == "cuda",
     )
@@ -343,6 +343,7 @@ def process_group(config: RunConfig) -> Iterator[tuple[World, str]]:
     """The ranks that were launched, and the attention backend that they chose."""
     world = world_from_environment()
     check_world_size(config, world.size)
+    world = replace(world, tensor_size=config.parallel.tensor_size)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     backend = set_attention_backend(config.runtime.attention_backend, world.device, dtype)
     start_process_group(world, config.runtime.collective_timeout_seconds)

@@ -419,8 +419,11 @@ class RunConfig(Section):
 
     def _engine_problems(self) -> list[Problem]:
         problems = [problem.under("deepspeed") for problem in override_problems(self.deepspeed)]
-        if self.parallel.expert_size > 1:
-            problems += [problem.under("deepspeed") for problem in expert_override_problems(self.deepspeed)]
+        sizes = self.parallel.model_dump()
+        field = next((name for name in ("expert_size", "tensor_size") if sizes[name] > 1), None)
+        if field is not None and self.model.decoder.moe is not None:
+            found = expert_override_problems(self.deepspeed, field)
+            problems += [problem.under("deepspeed") for problem in found]
         backend = self.runtime.attention_backend
         if backend in ("flash", "varlen") and self.precision != "bf16":
             valid = f"needs precision bf16, precision is {self.precision}; valid: auto, sdpa"

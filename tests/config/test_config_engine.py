@@ -122,14 +122,15 @@ class TestWorldSize:
     def test_experts_that_can_be_dealt_out(self, size: int, world: int) -> None:
         assert check_world_size(tiny(f"parallel.expert_size={size}"), world) == world
 
+    @pytest.mark.parametrize("field", ["expert_size", "tensor_size"])
     @pytest.mark.parametrize("key", ["contiguous_gradients", "reduce_scatter"])
-    def test_settings_of_zero_that_spread_experts_need(self, key: str) -> None:
+    def test_settings_of_zero_that_spread_experts_need(self, key: str, field: str) -> None:
         block = f"deepspeed={{zero_optimization: {{{key}: false}}}}"
         tiny(block)
         with pytest.raises(ConfigError) as caught:
-            tiny(block, "parallel.expert_size=2")
+            tiny(block, f"parallel.{field}=2")
         assert str(caught.value) == (
-            f"tiny with --set: deepspeed.zero_optimization.{key}: found false; parallel.expert_size above 1 "
+            f"tiny with --set: deepspeed.zero_optimization.{key}: found false; parallel.{field} above 1 "
             "needs it, valid: true"
         )
 

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rxt_dist.config import AttentionConfig, MoEConfig, load_config
+from rxt_dist.interchange.native import COMPONENTS, NativeReader
+from rxt_dist.interchange.pretrained import save_pretrained
 from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.model import SequenceLayout, build_model
 from rxt_dist.model.attention import SelfAttention
@@ -261,12 +263,14 @@ def test_cross_entropy_over_a_divided_vocabulary(tmp_path: Path, size: int) -> N
                 assert not part[len(own) :].any()
 
 
-def draw(folder: Path, size: int, expert_size: int) -> None:
+def draw(folder: Path, size: int, expert_size: int, native: Path | None) -> None:
     from helpers.engines import join_deepspeed
 
     join_deepspeed()
     mesh = Mesh(size, size, expert_size)
     model = build_model(model_config(), 6, lambda whole: parallelize(whole, mesh, dist.get_rank()))
+    if native is not None:
+        assert NativeReader(native).load_weights(model) == []
     found = []
     for name, parts in canonical_parts(model).items():
         flat = model.get_parameter(name).detach().view(-1)
@@ -287,10 +291,15 @@ def model_config() -> Any:
     return load_config("tiny", overrides, require_data=False).model
 
 
-@pytest.mark.parametrize(("size", "expert_size"), [(2, 1), (4, 2)])
-def test_initial_values_are_those_of_the_whole_model(tmp_path: Path, size: int, expert_size: int) -> None:
-    assert run_function(size, draw, tmp_path, size, expert_size) == [0] * size
-    whole = build_model(model_config(), 6)
+@pytest.mark.parametrize(("size", "expert_size", "imported"), [(2, 1, False), (4, 2, False), (2, 2, True)])
+def test_initial_and_imported_values_are_those_of_the_whole_model(
+    tmp_path: Path, size: int, expert_size: int, imported: bool
+) -> None:
+    whole = build_model(model_config(), 8 if imported else 6)
+    native = tmp_path / "native" if imported else None
+    if native is not None:
+        save_pretrained(native, whole, tokenizer=None, components=COMPONENTS)
+    assert run_function(size, draw, tmp_path, size, expert_size, native) == [0] * size
     wanted = canonical_values(whole, {n: p.detach() for n, p in whole.named_parameters()})
     covered = {name: torch.zeros(values.shape) for name, values in wanted.items()}
     for rank in range(size):
