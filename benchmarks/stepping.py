@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -276,6 +276,7 @@ def process_group(config: RunConfig) -> Iterator[tuple[World, str]]:
     """The ranks that were launched, and the attention backend that they chose."""
     world = world_from_environment()
     check_world_size(config, world.size)
+    world = replace(world, tensor_size=config.parallel.tensor_size)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     backend = set_attention_backend(config.runtime.attention_backend, world.device, dtype)
     set_compile(config.runtime.compile)

@@ -1,14 +1,17 @@
-"""Flat pieces of tensors, as torch's distributed checkpoint (DCP) sees them.
+"""Pieces of tensors, as torch's distributed checkpoint (DCP) sees them.
 
-ZeRO gives every rank a contiguous run of the flattened parameters, so what a rank owns of one tensor
-is a run of its flattened values. A :class:`Fragment` describes that run: DCP stores each as a
-one-dimensional chunk of a tensor of ``numel`` values and reshards on load, so saving needs no
-communication and any other division of the tensor can read it back.
+ZeRO gives every rank a contiguous run of the flattened parameters, and of a tensor that tensor-parallel
+ranks share a parameter is a box. A :class:`Fragment` describes what a rank holds of one tensor as boxes of
+it: DCP stores each of them and reshards on load, so saving needs no communication and any other division of
+the tensor can read it back.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,37 +24,55 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from rxt_dist.model.canonical import canonical_map
+from rxt_dist.model.canonical import Box, CanonicalPart
+
+Chunk = tuple[tuple[int, ...], torch.Tensor]
+"""Where a box of a tensor begins, and its values in its shape."""
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """``values`` [n] are the flattened elements ``offset .. offset + n`` of a tensor of ``numel``."""
+    """Boxes that a rank holds of a tensor of the given whole shape, as views that loading writes through."""
 
-    numel: int
-    offset: int
-    values: torch.Tensor
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    @classmethod
+    def run(cls, numel: int, offset: int, values: torch.Tensor) -> Fragment:
+        """``values`` [n] are the elements ``offset .. offset + n`` of a tensor of shape [``numel``]."""
+        return cls((numel,), (((offset,), values),))
 
     def size(self) -> torch.Size:
         """Shape of the whole tensor as stored; DCP compares it with the file on load."""
-        return torch.Size([self.numel])
+        return torch.Size(self.shape)
 
-    def _chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(
-            offsets=torch.Size([self.offset]), sizes=torch.Size([self.values.numel()])
-        )
+    def flat(self) -> Fragment:
+        """The same boxes of the flattened tensor, cut into runs."""
+        chunks = [run for offsets, values in self.chunks for run in _flat_runs(self.shape, offsets, values)]
+        return Fragment((math.prod(self.shape),), tuple(chunks))
+
+    def at(self, index: MetadataIndex) -> torch.Tensor:
+        """The values of the box that begins where ``index`` says."""
+        assert index.offset is not None
+        return next(values for offsets, values in self.chunks if offsets == tuple(index.offset))
 
     def __create_write_items__(self, fqn: str, _object: object) -> list[WriteItem]:
-        chunk = self._chunk()
-        data = TensorWriteData(
-            chunk=chunk, properties=TensorProperties.create_from_tensor(self.values), size=self.size()
-        )
         return [
-            WriteItem(index=MetadataIndex(fqn, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=chunk, properties=TensorProperties.create_from_tensor(values), size=self.size()
+                ),
+            )
+            for chunk, (_, values) in zip(self.__create_chunk_list__(), self.chunks, strict=True)
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk()]
+        return [
+            ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=values.shape)
+            for offsets, values in self.chunks
+        ]
 
 
 class FragmentSavePlanner(DefaultSavePlanner):
@@ -59,7 +80,7 @@ class FragmentSavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         fragment: Fragment = self.state_dict[index.fqn]
-        return fragment.values
+        return fragment.at(index)
 
 
 class FragmentLoadPlanner(DefaultLoadPlanner):
@@ -78,63 +99,7 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         fragment: Fragment = self.state_dict[index.fqn]
-        return fragment.values
-
-
-@dataclass(frozen=True)
-class CanonicalPart:
-    """What a parameter or buffer holds of one canonical tensor: a contiguous run of the flat values of both.
-
-    A fused parameter holds several canonical tensors, one of spread experts a run of one.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    """Shape of the whole canonical tensor."""
-    start: int
-    """Where the run begins in the parameter."""
-    held: int
-    """Elements of the run."""
-    offset: int = 0
-    """Where the run begins in the canonical tensor."""
-
-    @property
-    def numel(self) -> int:
-        """Elements of the whole canonical tensor."""
-        return int(torch.Size(self.shape).numel())
-
-    def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """The run, as a view of the parameter's flat values."""
-        return flat[self.start : self.start + self.held]
-
-
-def canonical_parts(module: torch.nn.Module) -> dict[str, list[CanonicalPart]]:
-    """Map the name of every parameter and buffer of ``module`` to the canonical tensors it holds, in storage
-    order.
-
-    Shared parameters appear once, under the first name ``named_parameters`` gives them. A module with the
-    attribute ``total_experts`` holds of so many only its own, from ``first_expert`` on.
-    """
-    fused = canonical_map(module)
-    owners = dict(module.named_modules())
-    result: dict[str, list[CanonicalPart]] = {}
-    for name, parameter in module.named_parameters():
-        row = parameter.numel() // max(1, parameter.shape[0]) if parameter.dim() else 1
-        owner = owners[name.rpartition(".")[0]]
-        total = getattr(owner, "total_experts", None)
-        if total is not None:
-            shape = (total, *parameter.shape[1:])
-            result[name] = [CanonicalPart(name, shape, 0, parameter.numel(), owner.first_expert * row)]
-            continue
-        entries, start = [], 0
-        for part_name, rows in fused[name]:
-            entries.append(CanonicalPart(part_name, (rows, *parameter.shape[1:]), start, rows * row))
-            start += rows * row
-        assert start == parameter.numel(), f"{name}: canonical parts do not cover the parameter"
-        result[name] = entries
-    for name, buffer in module.named_buffers():
-        result[name] = [CanonicalPart(name, tuple(buffer.shape), 0, buffer.numel())]
-    return result
+        return fragment.at(index)
 
 
 def clip_fragment(part: CanonicalPart, start: int, values: torch.Tensor) -> Fragment | None:
@@ -143,4 +108,49 @@ def clip_fragment(part: CanonicalPart, start: int, values: torch.Tensor) -> Frag
     high = min(start + values.numel(), part.start + part.held)
     if low >= high:
         return None
-    return Fragment(part.numel, part.offset + low - part.start, values[low - start : high - start])
+    position, chunks = low - start, []
+    for box in boxes_of_run(part.box.sizes, low - part.start, high - part.start):
+        offsets = tuple(a + b for a, b in zip(part.box.starts, box.starts, strict=True))
+        chunks.append((offsets, values[position : position + box.numel].view(box.sizes)))
+        position += box.numel
+    return Fragment(part.shape, tuple(chunks))
+
+
+def add_fragment(found: dict[str, Fragment], key: str, fragment: Fragment) -> None:
+    """Put ``fragment`` under ``key``, beside what is there of the same tensor."""
+    before = found.get(key)
+    found[key] = fragment if before is None else Fragment(fragment.shape, before.chunks + fragment.chunks)
+
+
+def boxes_of_run(sizes: tuple[int, ...], low: int, high: int) -> Iterator[Box]:
+    """The elements ``low .. high`` (not none) of a flattened tensor of ``sizes`` as boxes of it, in order."""
+    if len(sizes) == 1:
+        yield Box((low,), (high - low,))
+        return
+    row = math.prod(sizes[1:])
+    first, last = -(-low // row), high // row  # whole rows
+    if low < first * row:
+        yield from _within_row(sizes, low, min(high, first * row))
+    if first < last:
+        yield Box((first, *(0 for _ in sizes[1:])), (last - first, *sizes[1:]))
+    if max(last, first) * row < high:
+        yield from _within_row(sizes, max(last * row, low), high)
+
+
+def _within_row(sizes: tuple[int, ...], low: int, high: int) -> Iterator[Box]:
+    row = math.prod(sizes[1:])
+    for box in boxes_of_run(sizes[1:], low % row, low % row + high - low):
+        yield Box((low // row, *box.starts), (1, *box.sizes))
+
+
+def _flat_runs(shape: tuple[int, ...], offsets: tuple[int, ...], values: torch.Tensor) -> Iterator[Chunk]:
+    """The runs of a flattened tensor of ``shape`` that the box ``values`` at ``offsets`` consists of."""
+    inner = len(shape)  # from this dimension on the box has all of the tensor
+    while inner > 0 and values.shape[inner - 1] == shape[inner - 1]:
+        inner -= 1
+    outer = max(0, inner - 1)
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    for place in product(*(range(size) for size in values.shape[:outer])):
+        position = (*place, *(0 for _ in shape[outer:]))
+        offset = sum((o + p) * s for o, p, s in zip(offsets, position, strides, strict=True))
+        yield (offset,), values[place].view(-1)

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from rxt_dist.checkpoint.fragments import Fragment, FragmentLoadPlanner, canonical_parts
+from rxt_dist.checkpoint.fragments import Fragment, FragmentLoadPlanner, add_fragment, clip_fragment
 from rxt_dist.checkpoint.save import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -23,7 +23,7 @@ from rxt_dist.checkpoint.save import (
 )
 from rxt_dist.checkpoint.state import TrainerState
 from rxt_dist.errors import CheckpointError
-from rxt_dist.model.canonical import named_tensors
+from rxt_dist.model.canonical import canonical_parts, named_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +116,9 @@ class CheckpointReader:
         for name, parts in canonical_parts(model).items():
             flat = tensors[name].data.view(-1)
             for part in parts:
-                if part.name in self.state.tensor_shapes:
-                    wanted[f"weight.{part.name}"] = Fragment(part.numel, part.offset, part.of(flat))
+                held = clip_fragment(part, 0, flat)
+                if held is not None and part.name in self.state.tensor_shapes:
+                    add_fragment(wanted, f"weight.{part.name}", held)
         self._read(wanted)
         return missing
 
@@ -140,16 +141,21 @@ class CheckpointReader:
 
     def load_fragments(self, fragments: Mapping[str, Fragment]) -> None:
         """Fill the values of the given fragments in place, each from its key in the checkpoint."""
-        self._read(dict(fragments))
+        self._read(fragments)
 
-    def _read(self, wanted: dict[str, Any]) -> None:
+    def _read(self, wanted: Mapping[str, Fragment]) -> None:
         if not wanted:
             return
         reader = FileSystemReader(self.path / TENSORS_FOLDER)
-        known = set(reader.read_metadata().state_dict_metadata)
-        if absent := sorted(set(wanted) - known):
+        known: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        if absent := sorted(set(wanted) - set(known)):
             raise CheckpointError(f"{self.path}: the checkpoint has no entry {absent[0]}")
+        # Earlier versions stored all tensors flat.
+        fragments = {
+            key: fragment.flat() if len(known[key].size) == 1 else fragment
+            for key, fragment in wanted.items()
+        }
         with warnings.catch_warnings():
             # Every rank reads what it needs by itself; a process without a group is warned about that.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(wanted, storage_reader=reader, planner=FragmentLoadPlanner(), no_dist=True)
+            load(fragments, storage_reader=reader, planner=FragmentLoadPlanner(), no_dist=True)

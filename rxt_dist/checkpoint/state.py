@@ -32,7 +32,7 @@ class TrainerState:
     """Step counters of the stage's optimizer (bias correction), one for every group of parameters, in the
     order in which they begin to train."""
     tensor_shapes: dict[str, list[int]] = field(default_factory=dict)
-    """Shape of every canonical tensor; they are stored flat."""
+    """Shape of every canonical tensor."""
     format_version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:

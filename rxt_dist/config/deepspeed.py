@@ -79,13 +79,14 @@ def override_problems(overrides: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
-def expert_override_problems(overrides: Mapping[str, Any]) -> list[Problem]:
-    """What in a run's ``deepspeed`` block does not go with experts that are spread over ranks."""
+def expert_override_problems(overrides: Mapping[str, Any], field: str) -> list[Problem]:
+    """What in a run's ``deepspeed`` block does not go with experts that have groups of their own, as with
+    ``field`` of ``parallel`` above 1."""
     zero = overrides.get("zero_optimization")
     if not isinstance(zero, Mapping):
         return []
     return [
-        Problem(f"zero_optimization.{key}", "found false; parallel.expert_size above 1 needs it, valid: true")
+        Problem(f"zero_optimization.{key}", f"found false; parallel.{field} above 1 needs it, valid: true")
         for key in ("contiguous_gradients", "reduce_scatter")
         if zero.get(key) is False
     ]

@@ -6,13 +6,11 @@ from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
 
 from rxt_dist.config.base import divisors, listed
+from rxt_dist.config.model import AttentionConfig, ModelConfig
 from rxt_dist.errors import MeshError
 
 if TYPE_CHECKING:
     from rxt_dist.config.run import RunConfig, StageConfig
-
-SUPPORTED_SIZES = {"tensor_size": (1,)}
-"""Values of the fields of ``parallel`` that are limited by what is built, not by arithmetic."""
 
 
 class StepUnits(NamedTuple):
@@ -39,14 +37,11 @@ def check_world_size(config: RunConfig, world_size: int) -> int:
     """Check that ``config`` can run on ``world_size`` ranks; returns the data-parallel size.
 
     Raises:
-        MeshError: a parallel size is not supported or does not fit the number of ranks or of experts, or
-            the packs or lanes of a step cannot be dealt out evenly.
+        MeshError: a parallel size does not fit the number of ranks, of experts, of heads or of hidden
+            channels, or the packs or lanes of a step cannot be dealt out evenly.
     """
     _check_experts(config, world_size)
-    for field, supported in SUPPORTED_SIZES.items():
-        size = getattr(config.parallel, field)
-        if size not in supported:
-            raise MeshError(f"parallel.{field}: found {size}; valid: {listed(list(supported))}")
+    _check_tensors(config, world_size)
     tensor_size = config.parallel.tensor_size
     for stage in config.stages:
         field, micro_field, total, given = step_units(config, stage)
@@ -76,6 +71,42 @@ def _check_experts(config: RunConfig, world_size: int) -> None:
             f"parallel.expert_size: found {size}; must divide the world size ({world_size} ranks) and "
             f"model.decoder.moe.num_experts ({moe.num_experts}), valid: {listed(valid)}"
         )
+
+
+def _check_tensors(config: RunConfig, world_size: int) -> None:
+    size = config.parallel.tensor_size
+    if size == 1 or world_size < 1:
+        return
+    counts = {f"the world size ({world_size} ranks)": world_size}
+    counts |= {f"{name} ({count})": count for name, count in shared_counts(config.model).items()}
+    for name, count in counts.items():
+        if count % size:
+            valid = listed(divisors(gcd(*counts.values())))
+            raise MeshError(f"parallel.tensor_size: found {size}; must divide {name}, valid: {valid}")
+
+
+def shared_counts(model: ModelConfig) -> dict[str, int]:
+    """What tensor-parallel ranks divide evenly, by the fields that say how many there are.
+
+    Of an attention that are its query heads or its key/value heads, whichever are more.
+    """
+    counts = {}
+    for name in ("encoder", "decoder", "memory_attention"):
+        component = getattr(model, name)
+        for field in type(component).model_fields:
+            heads = getattr(component, field)
+            if isinstance(heads, AttentionConfig) and field != "memory_cross_attention":
+                larger = "kv_heads" if heads.kv_heads > heads.query_heads else "query_heads"
+                counts[f"model.{name}.{field}.{larger}"] = getattr(heads, larger)
+    decoder = model.decoder
+    counts["model.encoder.ff_dim"] = model.encoder.ff_dim
+    if decoder.moe is None or (decoder.moe.num_shared_experts and decoder.moe.shared_expert_dim is None):
+        counts["model.decoder.ff_dim"] = decoder.ff_dim
+    elif decoder.moe.shared_expert_dim is not None:
+        counts["model.decoder.moe.shared_expert_dim"] = decoder.moe.shared_expert_dim
+    if "dense" in (*decoder.stateless_layers, *decoder.final_stateless_layers):
+        counts["model.decoder.dense_layer_dim"] = decoder.dense_layer_dim
+    return counts
 
 
 def micro_units(config: RunConfig, stage: StageConfig, dp_size: int) -> int:

@@ -56,7 +56,7 @@ class ParallelConfig(Section):
     """The mesh; the data-parallel size is the world size divided by tensor_size."""
 
     tensor_size: int = Field(1, ge=1)
-    """Ranks that share the attention heads and the feed-forward of a layer (axis tp)."""
+    """Ranks that share the heads and hidden channels of every layer and the vocabulary (axis tp)."""
     expert_size: int = Field(1, ge=1)
     """Ranks that share the experts of a layer (axis ep)."""
 
@@ -422,12 +422,18 @@ class RunConfig(Section):
 
     def _engine_problems(self) -> list[Problem]:
         problems = [problem.under("deepspeed") for problem in override_problems(self.deepspeed)]
-        if self.parallel.expert_size > 1:
-            problems += [problem.under("deepspeed") for problem in expert_override_problems(self.deepspeed)]
+        sizes = self.parallel.model_dump()
+        field = next((name for name in ("expert_size", "tensor_size") if sizes[name] > 1), None)
+        if field is not None and self.model.decoder.moe is not None:
+            found = expert_override_problems(self.deepspeed, field)
+            problems += [problem.under("deepspeed") for problem in found]
         backend = self.runtime.attention_backend
         if backend in ("flash", "varlen") and self.precision != "bf16":
             valid = f"needs precision bf16, precision is {self.precision}; valid: auto, sdpa"
             problems.append(Problem("runtime.attention_backend", f"found {backend}; {valid}"))
+        if self.runtime.compile and self.parallel.tensor_size > 1:
+            valid = "layers whose tensors are shared (parallel.tensor_size above 1) are not compiled; valid: false"
+            problems.append(Problem("runtime.compile", f"found true; {valid}"))
         if self.runtime.compile and self.precision != "bf16":
             valid = f"needs precision bf16, precision is {self.precision}; valid: false"
             problems.append(Problem("runtime.compile", f"found true; {valid}"))

@@ -16,7 +16,6 @@ import torch
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from rxt_dist.checkpoint.fragments import canonical_parts
 from rxt_dist.config import ModelConfig
 from rxt_dist.config.problems import explain
 from rxt_dist.data.tokens import TOKENIZER_FILE, load_tokenizer
@@ -24,7 +23,7 @@ from rxt_dist.errors import CheckpointError
 from rxt_dist.files import OutputFolder
 from rxt_dist.interchange.files import CONFIG_FILE, TENSOR_FILE, TensorFile, read_json, write_tensors
 from rxt_dist.model import RxTModel
-from rxt_dist.model.canonical import named_tensors
+from rxt_dist.model.canonical import canonical_parts, named_tensors
 
 COMPONENTS = ("encoder", "decoder", "mlm_head", "memory_attention")
 FORMAT_VERSION = 1
@@ -83,8 +82,7 @@ class NativeReader:
             for name, parts in canonical_parts(model).items():
                 if belongs(name, self.components):
                     for part in (part for part in parts if part.name not in missing):
-                        whole = self._file[part.name].view(-1)
-                        part.of(tensors[name].view(-1)).copy_(whole[part.offset :][: part.held])
+                        part.of(tensors[name].view(-1)).copy_(part.taken_from(self._file[part.name]))
         return missing
 
     def check_shapes(self, model: RxTModel) -> list[str]:

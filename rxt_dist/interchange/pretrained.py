@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from rxt_dist.checkpoint import CheckpointReader, locate_checkpoint
-from rxt_dist.checkpoint.fragments import canonical_parts
 from rxt_dist.config import load_config
 from rxt_dist.data.tokens import load_tokenizer
 from rxt_dist.errors import CheckpointError
@@ -29,7 +28,7 @@ from rxt_dist.interchange.native import (
     write_native,
 )
 from rxt_dist.model import RxTModel
-from rxt_dist.model.canonical import named_tensors
+from rxt_dist.model.canonical import canonical_parts, named_tensors
 from rxt_dist.model.moe import Router
 from rxt_dist.model.stm import initial_stm
 

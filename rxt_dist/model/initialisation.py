@@ -1,7 +1,8 @@
 """Initial parameters: each tensor from its own generator, keyed by its canonical name.
 
 So they depend neither on the order in which modules are built nor on how tensors are fused or spread
-over ranks: a rank that holds experts 8 to 15 draws exactly those.
+over ranks: a rank that holds experts 8 to 15 draws exactly those, and one that holds a part of a tensor draws
+all of it and keeps that part.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
 
-from rxt_dist.model.canonical import canonical_map
+from rxt_dist.model.canonical import Box, CanonicalPart, canonical_parts
 from rxt_dist.randomness import derive_key
 
 
@@ -68,7 +70,7 @@ def initialise(model: nn.Module, seed: int) -> None:
     Raises:
         ValueError: a parameter belongs to no known kind of module and no module states its distribution.
     """
-    names = canonical_map(model)
+    parts = canonical_parts(model)
     distributions = dict(_distributions(model))
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
@@ -77,18 +79,24 @@ def initialise(model: nn.Module, seed: int) -> None:
         owner = modules[name.rpartition(".")[0]]
         first = getattr(owner, "first_expert", None)
         if first is not None:
-            for index, expert in enumerate(parameter.unbind(0)):
-                _draw(expert, distributions[name], derive_key(seed, "init", name, first + index))
+            (part,) = parts[name]
+            entry = CanonicalPart(name, part.shape[1:], 0, Box(part.box.starts[1:], part.box.sizes[1:]))
+            for index, target in enumerate(parameter.unbind(0)):
+                _draw(target, [entry], distributions[name], derive_key(seed, "init", name, first + index))
             continue
-        for part, (canonical, _) in zip(
-            torch.split(parameter, [size for _, size in names[name]]), names[name], strict=True
-        ):
+        if sum(part.held for part in parts[name]) < parameter.numel():
+            parameter.zero_()  # padding
+        for canonical, held in groupby(parts[name], key=lambda part: part.name):
             distribution = distributions.get(canonical, distributions[name])
-            _draw(part, distribution, derive_key(seed, "init", canonical))
+            _draw(parameter, list(held), distribution, derive_key(seed, "init", canonical))
 
 
-def _draw(target: torch.Tensor, distribution: Distribution, key: int) -> None:
-    target.copy_(distribution.draw(target.shape, torch.Generator().manual_seed(key)))
+def _draw(target: torch.Tensor, parts: list[CanonicalPart], distribution: Distribution, key: int) -> None:
+    """Fill the ``parts`` of ``target``, all of one canonical tensor, which is drawn whole."""
+    whole = distribution.draw(torch.Size(parts[0].shape), torch.Generator().manual_seed(key))
+    flat = target.view(-1)
+    for part in parts:
+        part.of(flat).copy_(part.taken_from(whole))
 
 
 def _distributions(model: nn.Module) -> Iterator[tuple[str, Distribution]]:

@@ -71,7 +71,7 @@ class ExpertOrder:
         return cls(order, inverse, expert_of_row, offsets)
 
 
-def _expert_distributions(init: ExpertInit, width: int, hidden: int) -> dict[str, Distribution]:
+def expert_distributions(init: ExpertInit, width: int, hidden: int) -> dict[str, Distribution]:
     """What stacked expert tensors start from, by name."""
     if init == "linear":
         first, second = linear_default(width), linear_default(hidden)
@@ -153,7 +153,7 @@ class Experts(nn.Module):
         self.b_out = nn.Parameter(torch.empty(num_experts, width)) if biased else None
 
     def initial_distributions(self) -> dict[str, Distribution]:
-        return _expert_distributions(self.init, self.w_in.shape[2], self.w_out.shape[2])
+        return expert_distributions(self.init, self.w_in.shape[2], self.w_out.shape[2])
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor, expert_of_row: torch.Tensor) -> torch.Tensor:
         hidden = grouped_linear(x, self.w_in, offsets)
@@ -194,13 +194,18 @@ class SharedExperts(nn.Module):
         self.gate = nn.Linear(width, count, bias=False)
 
     def initial_distributions(self) -> dict[str, Distribution]:
-        experts = _expert_distributions(self.init, self.w_in.shape[2], self.w_out.shape[2])
+        experts = expert_distributions(self.init, self.w_in.shape[2], self.w_out.shape[2])
         return {**experts, "output_bias": Constant(0.0)}
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def shares(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Share of every expert in the mixture, fp32 [N, S], and the deviation from uniform."""
         logits = self.gate(x)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        share = torch.softmax(logits, dim=-1, dtype=dtype)  # [N, S]
+        share = torch.softmax(logits, dim=-1, dtype=dtype)
+        return share, (share - 1.0 / share.shape[1]).abs().mean(dim=-1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        share, deviation = self.shares(x)
         hidden = torch.matmul(x, self.w_in.transpose(1, 2))  # [S, N, inner]
         if self.b_in is not None:
             hidden = hidden + self.b_in[:, None]
@@ -210,7 +215,7 @@ class SharedExperts(nn.Module):
         mixed = (out * share.T[..., None].to(out.dtype)).sum(dim=0)
         if self.output_bias is not None:
             mixed = mixed + self.output_bias
-        return mixed, (share - 1.0 / share.shape[1]).abs().mean(dim=-1)
+        return mixed, deviation
 
 
 class MoE(nn.Module):

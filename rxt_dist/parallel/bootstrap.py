@@ -32,10 +32,24 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    tensor_size: int = 1
+    """Consecutive ranks that share tensors, and with them their part of the batch."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.tensor_size
+
+    @property
+    def dp_size(self) -> int:
+        return self.size // self.tensor_size
+
+    @property
+    def is_first_of_tensor_group(self) -> bool:
+        return self.rank % self.tensor_size == 0
 
 
 def world_from_environment() -> World:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from deepspeed.moe.layer import MoE
 from torch import nn
 
-from rxt_dist.parallel.experts import ExpertParallel
-
 
 class ExpertMark(MoE):  # type: ignore[misc]
     """A module without parameters that makes the engine hand the expert groups to ZeRO.
@@ -15,10 +13,9 @@ class ExpertMark(MoE):  # type: ignore[misc]
     exchange and experts are ours, and the groups exist already.
     """
 
-    def __init__(self, experts: ExpertParallel) -> None:
+    def __init__(self, num_experts: int, expert_size: int) -> None:
         nn.Module.__init__(self)
-        self.num_experts = experts.total_experts
-        self.ep_size = experts.group.size()
+        self.num_experts, self.ep_size = num_experts, expert_size
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         pass

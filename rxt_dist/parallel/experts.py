@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rxt_dist.kernels.permute import permute_rows
+from rxt_dist.model.canonical import Cut
 from rxt_dist.model.moe import ExpertOrder, Experts
 from rxt_dist.parallel.mesh import Mesh
 
@@ -80,9 +81,14 @@ class ExpertParallel(Experts):
             )
         self.first_expert = held.start
         self.total_experts = total
-        self.is_first_copy = mesh.coordinates(rank).edp == 0
-        """Whether this rank is the one that saves values which no engine shards."""
         self.group = group
+
+    def cuts(self) -> dict[str, list[Cut]]:
+        held = range(self.first_expert, self.first_expert + self.w_in.shape[0])
+        return {
+            name: [Cut.along(0, (self.total_experts, *parameter.shape[1:]), held)]
+            for name, parameter in self.named_parameters()
+        }
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor, expert_of_row: torch.Tensor) -> torch.Tensor:
         return self._through_all(x, Traffic.agree(offsets, self.group, active=True))

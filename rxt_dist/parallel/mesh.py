@@ -5,7 +5,7 @@ fast links inside a node, the chattiest groups then stay inside it.
 
 | axis | group | what its ranks share |
 |---|---|---|
-| tp | ``tensor_size`` consecutive ranks | one layer's heads and feed-forward; they see the same tokens |
+| tp | ``tensor_size`` consecutive ranks | heads, hidden channels, vocabulary; they see the same tokens |
 | dp | ranks with the same tp coordinate | the work on a batch; the gradients of everything but experts |
 | ep | ``expert_size`` consecutive ranks | the experts of a layer; they exchange tokens |
 | edp | ranks with the same ep coordinate | nothing but gradients: they hold the same experts |

@@ -35,5 +35,5 @@ def build_engine(
     model, module = build_module(config, stage, world, load)
     optimizer = stage_optimizer(config, stage)
     fused = world.device.type == "cuda"
-    settings = deepspeed_config(config, stage, dp_size=world.size, optimizer=optimizer, fused=fused)
+    settings = deepspeed_config(config, stage, dp_size=world.dp_size, optimizer=optimizer, fused=fused)
     return StageEngine(model, module, settings, world.device)

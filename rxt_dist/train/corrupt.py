@@ -25,14 +25,16 @@ class CorruptBlocks:
     what is really there.
     """
 
-    def __init__(self, *, skip: bool, limit: int, known: Iterable[BlockId] = ()) -> None:
-        """``known``: blocks of the stage that were left out before. Collective with ``skip``.
+    def __init__(self, *, skip: bool, limit: int, known: Iterable[BlockId] = (), copies: int = 1) -> None:
+        """``known``: blocks of the stage that were left out before; ``copies``: ranks that read the same part
+        of the data. Collective with ``skip``.
 
         The ranks speak over the host, so that the accelerator's queue is not waited for.
         """
         self._skip = skip
         self._limit = limit
         self._known = dict.fromkeys(known)
+        self._copies = copies
         self._group: dist.ProcessGroup | None = None
         if skip and dist.is_initialized() and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo")
@@ -53,7 +55,8 @@ class CorruptBlocks:
             damage: the damaged blocks that this rank has met, each with a sentence.
 
         Raises:
-            DataError: on all ranks, when more blocks are damaged than may be left out.
+            DataError: on all ranks, when more blocks are damaged than may be left out, or ranks that read
+                the same data found different damage.
         """
         if not self._skip:
             return dict(counts)
@@ -64,7 +67,12 @@ class CorruptBlocks:
         *missing, found = sums.tolist()
         if found:
             self._add(new)
-        return {name: counts[name] - value for name, value in zip(lost, missing, strict=True)}
+        if any(value % self._copies for value in missing):
+            raise DataError(
+                "ranks that share tensors found different blocks damaged; compare the dataset's files on "
+                "their machines with rxt-data verify --deep"
+            )
+        return {name: counts[name] - value // self._copies for name, value in zip(lost, missing, strict=True)}
 
     def _add(self, new: Mapping[BlockId, str]) -> None:
         gathered: list[Any] = [new]

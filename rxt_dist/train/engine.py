@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from rxt_dist.checkpoint.fragments import CanonicalPart, Fragment, canonical_parts, clip_fragment
+from rxt_dist.checkpoint.fragments import Fragment, add_fragment, clip_fragment
+from rxt_dist.model.canonical import canonical_parts
 from rxt_dist.model.moe import MoE
 from rxt_dist.parallel.bootstrap import configure_deepspeed
-from rxt_dist.parallel.parallelize import spread_experts, tag_experts
+from rxt_dist.parallel.parallelize import first_holders, placement, tag_parameters
 from rxt_dist.stages import StageModule
 from rxt_dist.stages.expert_balance import ExpertBalance
 
@@ -39,6 +40,7 @@ class StageEngine:
     ) -> None:
         configure_deepspeed()
         import deepspeed
+        from deepspeed.runtime.utils import is_model_parallel_parameter
 
         module.freeze()
         self._parts = canonical_parts(model)
@@ -50,9 +52,14 @@ class StageEngine:
             # kernels need it.
             group.sort(key=lambda parameter: parameter.numel() % _ALIGNED_ELEMENTS != 0)
         trainable = [parameter for group in groups.values() for parameter in group]
-        experts = tag_experts(model)
-        self._expert_names = {names[id(parameter)] for parameter in experts}
-        self._saves_frozen_experts = any(part.is_first_copy for part in spread_experts(model))
+        where = placement(model)
+        experts = tag_parameters(model)
+        self._is_first, self._first_held = where.rank == 0, first_holders(model)
+        # Tensor-parallel ranks have the same optimizer state of what is a copy on all of them.
+        self._saves_copies = where.mesh.coordinates(where.rank).tp == 0
+        self._copies = {
+            names[id(parameter)] for parameter in trainable if not is_model_parallel_parameter(parameter)
+        }
         self.group_starts = list(groups)
         """Step of the stage from which each group of parameters trains; at least one starts at 0."""
         self._names = {id(parameter): names[id(parameter)] for parameter in trainable}
@@ -67,10 +74,12 @@ class StageEngine:
         self.module = module
         if experts & set(trainable):  # ZeRO refuses to be told of experts that it does not own
             _mark_experts(module, model)
+        deepspeed.utils.groups.mpu = None  # an engine before this one may have had another mesh
         self.engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=_optimizer_groups(groups, experts),
             config=deepspeed_config,
+            mpu=where.groups,
         )
         # Only now: placing the module on its device replaces buffers.
         self._buffers = dict(model.named_buffers())
@@ -78,10 +87,8 @@ class StageEngine:
         layers = {name: part for name, part in model.named_modules() if part in members}
         self._balance = ExpertBalance({n: part for n, part in layers.items() if isinstance(part, MoE)})
         self._create_moments()
-        for name, part, _, fragment in self._owned(("master",)):
-            start = part.start + fragment.offset - part.offset
-            whole = masters[name].view(-1)[start : start + fragment.values.numel()]
-            fragment.values.copy_(whole.to(device))
+        for name, start, _, values in self._owned(("master",)):
+            values.copy_(masters[name].view(-1)[start : start + values.numel()].to(device))
 
     def forward(
         self, batch: Any, counts: Mapping[str, int], stm: torch.Tensor | None
@@ -128,28 +135,29 @@ class StageEngine:
     def owned_fragments(self) -> dict[str, Fragment]:
         """Everything that this rank owns of masters, moments and buffers, by checkpoint key.
 
-        The values are views: writing into them changes the optimizer. Frozen and unused weights and buffers
-        belong to rank 0, weights of spread experts to the first rank that holds them.
+        The values are views: writing into them changes the optimizer. What several ranks hold alike belongs
+        to the first of them: frozen and unused weights, buffers, and the optimizer state of copies.
         """
-        owned = {f"{_KEYS[kind]}.{part.name}": fragment for _, part, kind, fragment in self._owned(_KEYS)}
-        is_first = torch.distributed.get_rank() == 0
+        owned: dict[str, Fragment] = {}
+        for name, start, kind, values in self._owned(_KEYS):
+            if self._saves_copies or name not in self._copies:
+                self._add(owned, _KEYS[kind], name, start, values)
         for name, values in self._frozen.items():
-            if self._saves_frozen_experts if name in self._expert_names else is_first:
-                flat = values.view(-1)
-                for part in self._parts[name]:
-                    fragment = clip_fragment(part, 0, flat)
-                    assert fragment is not None
-                    owned[f"weight.{part.name}"] = fragment
-        if is_first:
-            owned |= {f"weight.{name}": _whole(buffer) for name, buffer in self._buffers.items()}
+            if name in self._first_held:
+                self._add(owned, "weight", name, 0, values.view(-1))
+        if self._is_first:
+            for name, buffer in self._buffers.items():
+                self._add(owned, "weight", name, 0, buffer.view(-1))
             owned |= self._load_shares()
         return owned
 
     def resumed_fragments(self) -> dict[str, Fragment]:
         """What a run that is resumed inside the stage needs besides weights, by checkpoint key, as views: the
-        moments that this rank owns, and on every rank the loads of the experts."""
-        moments = {f"{kind}.{part.name}": fragment for _, part, kind, fragment in self._owned(_MOMENTS)}
-        return moments | self._load_shares()
+        moments that this rank holds, and on every rank the loads of the experts."""
+        found: dict[str, Fragment] = {}
+        for name, start, kind, values in self._owned(_MOMENTS):
+            self._add(found, kind, name, start, values)
+        return found | self._load_shares()
 
     def set_optimizer_steps(self, steps: Sequence[int]) -> None:
         """Set the step counters of bias correction, after the moments were loaded."""
@@ -191,8 +199,15 @@ class StageEngine:
         for group, flat in zip(zero.param_groups, zero.single_partition_of_fp32_groups, strict=True):
             yield group, zero.optimizer.state[flat]
 
-    def _owned(self, kinds: Any) -> Iterator[tuple[str, CanonicalPart, str, Fragment]]:
-        """(parameter name, canonical part, kind, fragment) of every owned run; see ``owned_fragments``."""
+    def _add(self, found: dict[str, Fragment], key: str, name: str, start: int, values: torch.Tensor) -> None:
+        """Add ``values``, the flat elements ``start ..`` of the parameter ``name``, to ``found``."""
+        for part in self._parts[name]:
+            fragment = clip_fragment(part, start, values)
+            if fragment is not None:
+                add_fragment(found, f"{key}.{part.name}", fragment)
+
+    def _owned(self, kinds: Any) -> Iterator[tuple[str, int, str, torch.Tensor]]:
+        """(parameter name, first element, kind, values) of every run of flat values that this rank owns."""
         zero = self.engine.optimizer
         for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
             state = zero.optimizer.state[flat]
@@ -205,21 +220,19 @@ class StageEngine:
                 for kind in kinds:
                     source = flat if kind == "master" else state[kind]
                     values = source.detach()[first : first + count]
-                    for part in self._parts[name]:
-                        fragment = clip_fragment(part, mapping.lp_fragment_address.start, values)
-                        if fragment is not None:
-                            yield name, part, kind, fragment
+                    yield name, mapping.lp_fragment_address.start, kind, values
 
 
 def _whole(values: torch.Tensor) -> Fragment:
-    return Fragment(values.numel(), 0, values.view(-1))
+    return Fragment.run(values.numel(), 0, values.view(-1))
 
 
 def _mark_experts(module: StageModule, model: torch.nn.Module) -> None:
     """Have DeepSpeed see that ``module`` has experts of ``model``."""
     from rxt_dist.parallel.deepspeed_experts import ExpertMark
 
-    module.add_module("expert_mark", ExpertMark(spread_experts(model)[0]))
+    experts = next(part.config.num_experts for part in model.modules() if isinstance(part, MoE))
+    module.add_module("expert_mark", ExpertMark(experts, placement(model).mesh.expert_size))
 
 
 def _optimizer_groups(

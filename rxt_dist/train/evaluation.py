@@ -31,8 +31,8 @@ def evaluate_stage(
 ) -> dict[str, Any]:
     """Results of a stage on the validation split; what ``eval.jsonl`` holds of it.
 
-    Collective: all ranks call it and get the same numbers; samples are made on rank 0 only. The module
-    is in evaluation mode (no noise, no dropout) meanwhile.
+    Collective: all ranks call it and get the same numbers; samples are made by the first data-parallel rank
+    only. The module is in evaluation mode (no noise, no dropout) meanwhile.
     """
     was_training = module.training
     module.eval()
@@ -41,7 +41,7 @@ def evaluate_stage(
             if isinstance(module, TextStageModule):
                 results: dict[str, Any] = evaluate_text(module, source, config, stage, world)
                 with uneven_passes(module):
-                    if world.is_main:
+                    if world.dp_rank == 0:
                         results["samples"] = _samples(module, source, config, world, tokenizer)
                 return results
             assert isinstance(module, LaneStageModule)
@@ -67,8 +67,8 @@ def evaluate_text(
         source,
         key=derive_key(config.seed, "evaluation", stage.name),
         pack_tokens=config.batch.pack_tokens,
-        dp_rank=world.rank,
-        dp_size=world.size,
+        dp_rank=world.dp_rank,
+        dp_size=world.dp_size,
         masking_probability=stage.masking_probability,
         mask_id=special.mask,
         max_packs=config.evaluation.max_packs,

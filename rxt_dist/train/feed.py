@@ -95,13 +95,20 @@ class LaneFeed(Feed):
     """Windows of conversation lanes; each of this rank's lanes carries its STM from window to window."""
 
     def __init__(
-        self, loader: LaneLoader, corrupt: CorruptBlocks, first_lane: int, stm: torch.Tensor
+        self,
+        loader: LaneLoader,
+        corrupt: CorruptBlocks,
+        first_lane: int,
+        stm: torch.Tensor,
+        *,
+        saves: bool,
     ) -> None:
         """``stm`` fp32 [L, lanes of this rank, S, D]; its values matter only after :meth:`restore`, because
-        a conversation starts from a fresh one."""
+        a conversation starts from a fresh one. ``saves``: whether this rank is the first that has them."""
         super().__init__(loader, corrupt)
         self._first_lane = first_lane
         self._stm = stm
+        self._saves = saves
 
     def stm(self, batch: WindowBatch) -> torch.Tensor:
         return self._stm[:, self._columns(batch)]
@@ -112,18 +119,19 @@ class LaneFeed(Feed):
 
     def fragments(self) -> dict[str, Fragment]:
         numel = self._stm[:, 0].numel()
-        lanes = range(self._stm.shape[1])
-        return {self._key(lane): Fragment(numel, 0, self._stm[:, lane].reshape(-1)) for lane in lanes}
+        lanes = range(self._stm.shape[1] if self._saves else 0)
+        return {self._key(lane): Fragment.run(numel, 0, self._stm[:, lane].reshape(-1)) for lane in lanes}
 
     def restore(self, reader: CheckpointReader) -> None:
-        read = {
-            self._key(lane): Fragment(values.numel(), 0, torch.empty(values.numel()))
-            for lane, values in enumerate(self._stm.unbind(1))
-        }
-        reader.load_fragments(read)
-        for lane in range(self._stm.shape[1]):
-            stored = read[self._key(lane)].values
-            self._stm[:, lane] = stored.view(self._stm[:, lane].shape).to(self._stm.device)
+        read = [torch.empty(values.shape) for values in self._stm.unbind(1)]
+        reader.load_fragments(
+            {
+                self._key(lane): Fragment.run(values.numel(), 0, values.view(-1))
+                for lane, values in enumerate(read)
+            }
+        )
+        for lane, values in enumerate(read):
+            self._stm[:, lane] = values.to(self._stm.device)
 
     def _key(self, lane: int) -> str:
         return f"stm.lane-{self._first_lane + lane:06d}"
@@ -151,13 +159,13 @@ def open_feed(
     special = config.model.special_tokens
     assert isinstance(special, SpecialTokens)
     key = derive_key(config.seed, "stage", stage.name, stage_index)
-    micro = micro_units(config, stage, world.size)
+    micro = micro_units(config, stage, world.dp_size)
     prefetch, pin = config.runtime.data_prefetch_steps, world.device.type == "cuda"
     state = dict(state or {})
     blocks = _corrupt_blocks(state.pop(_CORRUPT_BLOCKS, []))
     source.lose(blocks)
     skip, limit = config.data.on_corrupt == "skip", config.data.max_corrupt_blocks
-    corrupt = CorruptBlocks(skip=skip, limit=limit, known=blocks)
+    corrupt = CorruptBlocks(skip=skip, limit=limit, known=blocks, copies=world.tensor_size)
     if not stage.uses_lanes:
         return Feed(
             TextLoader(
@@ -166,8 +174,8 @@ def open_feed(
                 packs=config.batch.packs,
                 pack_tokens=config.batch.pack_tokens,
                 micro_packs=micro,
-                dp_rank=world.rank,
-                dp_size=world.size,
+                dp_rank=world.dp_rank,
+                dp_size=world.dp_size,
                 masking_probability=stage.masking_probability,
                 mask_id=special.mask,
                 cursor=_cursor(source, state),
@@ -179,7 +187,7 @@ def open_feed(
     assert isinstance(source, InteractionPieces)
     assert config.batch.lanes is not None
     _report_prompts(source, stage)
-    share = config.batch.lanes // world.size
+    share = config.batch.lanes // world.dp_size
     model = config.model
     loader = LaneLoader(
         source,
@@ -187,8 +195,8 @@ def open_feed(
         lanes=config.batch.lanes,
         micro_lanes=micro,
         window=config.batch.window,
-        dp_rank=world.rank,
-        dp_size=world.size,
+        dp_rank=world.dp_rank,
+        dp_size=world.dp_size,
         pad_id=special.pad,
         stm_size=model.stm_size,
         look_back=stage.name == "smat",
@@ -198,7 +206,8 @@ def open_feed(
         pin_memory=pin,
     )
     shape = (model.decoder.num_layers, share, model.stm_size, model.embed_dim)
-    return LaneFeed(loader, corrupt, world.rank * share, torch.zeros(shape, device=world.device))
+    stm = torch.zeros(shape, device=world.device)
+    return LaneFeed(loader, corrupt, world.dp_rank * share, stm, saves=world.is_first_of_tensor_group)
 
 
 def resumed_data_state(state: TrainerState, fingerprint: str, *, accept_changed: bool) -> DataState:

@@ -22,11 +22,11 @@ from rxt_dist.config import RunConfig, SpecialTokens
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch, read_interactions
 from rxt_dist.data.order import Int64Array
 from rxt_dist.data.pieces import InteractionPieces
+from rxt_dist.model.heads import CROSS_ENTROPY_CHUNK
 from rxt_dist.parallel.bootstrap import World
 from rxt_dist.parallel.collectives import sum_over_ranks
 from rxt_dist.parallel.experts import uneven_passes
 from rxt_dist.randomness import derive_key
-from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK
 from rxt_dist.stages.lane_stage import LaneStageModule
 from rxt_dist.stages.memory_statistics import MemorySums
 from rxt_dist.stages.smat import SmatModule
@@ -177,7 +177,7 @@ def _plan(source: InteractionPieces, config: RunConfig, world: World) -> _Plan:
     # A group of one conversation has no foreign memory, so small groups join the one before.
     parts = np.array_split(order, max(1, len(order) // max(2, config.batch.lanes)))
     key = derive_key(config.seed, "evaluation", "lanes")
-    groups = [_Group(part, counts[part], key, special.pad) for part in parts[world.rank :: world.size]]
+    groups = [_Group(part, counts[part], key, special.pad) for part in parts[world.dp_rank :: world.dp_size]]
     return _Plan(len(order), int(counts.max()), groups)
 
 
@@ -194,7 +194,7 @@ def _score(
     columns = (rows, at.next_targets, at.target_marks)
     for start in range(0, rows.shape[0], CROSS_ENTROPY_CHUNK):
         row, target, mark = (column[start : start + CROSS_ENTROPY_CHUNK] for column in columns)
-        logits = F.linear(row, head.weight, head.bias).float()
+        logits = head(row).float()
         correct = (logits.argmax(dim=-1) == target).double()
         sums[_LOSS] += F.cross_entropy(logits, target, reduction="sum").double()
         sums[_CORRECT] += correct.sum()

@@ -28,8 +28,10 @@ from rxt_dist.config.mesh import step_units
 from rxt_dist.model.model import empty_model
 from rxt_dist.model.moe import MoE
 from rxt_dist.parallel.mesh import Mesh
+from rxt_dist.parallel.parallelize import share_tensors
 from rxt_dist.stages import StageModule, build_stage
 from rxt_dist.stages.base import uses
+from rxt_dist.train.tensor_traffic import tensor_rows
 
 _FP32_BYTES = 4
 _OPTIMIZER_TENSORS = 3  # masters and two moments
@@ -45,7 +47,8 @@ BASIS = {
     "lane_stm": "STM of this rank's lanes in fp32; exact",
     "activations": "tensors that the layers keep for the backward pass of a micro-batch of full packs, or of "
     "lanes of full interactions; without workspaces and the allocator's slack",
-    "communication": "bytes that a rank sends in one optimizer step, ring algorithms, experts evenly loaded",
+    "communication": "bytes that a rank sends in one optimizer step, ring algorithms, experts evenly loaded; "
+    "tensor_parallel: activations and their gradients",
 }
 """How each number of a plan is made."""
 
@@ -89,9 +92,16 @@ class _StagePlan:
         self.config, self.stage, self.mesh = config, stage, mesh
         self.element = 2 if config.precision == "bf16" else _FP32_BYTES
         self.model = empty_model(config.model)
+        if mesh.tensor_size > 1:
+            from rxt_dist.parallel.tensor_layers import TensorRank
+
+            share_tensors(self.model, TensorRank(0, mesh.tensor_size, None))
         self.module: StageModule = build_stage(self.model, config, stage)
         self.module.freeze()
-        self.experts = {parameter for moe in _moes(self.module) for parameter in moe.experts.parameters()}
+        self.experts: set[nn.Parameter] = set()
+        """Parameters of experts that have groups of their own."""
+        if mesh.expert_size > 1 or mesh.tensor_size > 1:
+            self.experts = {p for moe in _moes(self.module) for p in moe.experts.parameters()}
         self.accumulation = accumulation_steps(config, stage, mesh.dp_size)
         self.micro = micro_units(config, stage, mesh.dp_size)
 
@@ -161,41 +171,55 @@ class _StagePlan:
         exchanged = 0
         if moe is not None and layers:
             rows = self.micro_tokens * self.accumulation * moe.top_k
-            exchanged = _sent(rows * self.config.model.embed_dim * self.element, self.mesh.expert_size)
+            own = rows // self.mesh.tensor_size
+            exchanged = _sent(own * self.config.model.embed_dim * self.element, self.mesh.expert_size)
         return {
             "gradient_reduction": reductions * weights,
             "parameter_all_gather": weights,
             "expert_all_to_all_per_layer_and_direction": exchanged,
             # Rows go to the experts and back, and so do their gradients.
             "expert_all_to_all": 4 * layers * exchanged,
+            "tensor_parallel": self._tensor_bytes(),
         }
+
+    def _tensor_bytes(self) -> int:
+        """What the tensor group exchanges: rows of the model's width that are added up, and slices joined."""
+        summed, joined = tensor_rows(self.config, self.stage, self.micro_tokens, self.micro)
+        size = self.config.model.embed_dim * self.element * self.accumulation
+        # Adding up on a ring is a reduction and a gathering.
+        return _sent((2 * summed + joined) * size, self.mesh.tensor_size)
 
     def _activation_elements(self) -> int:
         """See BASIS; a frozen component keeps nothing."""
-        model, tokens = self.config.model, self.micro_tokens
+        model, tokens, shares = self.config.model, self.micro_tokens, self.mesh.tensor_size
         elements = 0
         if self._keeps("encoder"):
             part = model.encoder
-            layer = _attention(model, part.heads, part.attention) + _feed_forward(
-                model, part.ff_dim, part.gated_ff
+            layer = _attention(model, part.heads, part.attention, shares) + _feed_forward(
+                model, part.ff_dim, part.gated_ff, shares
             )
             elements += tokens * part.num_layers * layer
         if self._keeps("decoder"):
-            elements += tokens * _decoder_elements(model)
+            elements += tokens * _decoder_elements(model, shares)
         if self.stage.uses_lanes:
             window, part_ = self.config.batch.window, model.memory_attention
             slots = self.micro * window * model.decoder.num_layers * model.stm_size
-            elements += slots * _attention(model, part_.heads, part_.attention)
+            elements += slots * _attention(model, part_.heads, part_.attention, shares)
         if self.stage.uses_lanes and self.config.runtime.recompute == "interaction":
             elements //= self.config.batch.window
         return elements
 
     def _keeps(self, component: str) -> bool:
-        if component in self.stage.frozen:
-            return False
-        if self.stage.uses_lanes:
-            return self.stage.name == "smat"
-        return uses(self.stage.components, component)
+        return _trains(self.stage, component)
+
+
+def _trains(stage: StageConfig, component: str) -> bool:
+    """Whether encoder or decoder has a backward pass in ``stage``."""
+    if component in stage.frozen:
+        return False
+    if stage.uses_lanes:
+        return stage.name == "smat"
+    return uses(stage.components, component)
 
 
 def _sent(size: int, ranks: int) -> int:
@@ -207,11 +231,11 @@ def _moes(module: nn.Module) -> list[MoE]:
     return [part for part in module.modules() if isinstance(part, MoE)]
 
 
-def _attention(model: ModelConfig, heads: int, config: AttentionConfig) -> int:
+def _attention(model: ModelConfig, heads: int, config: AttentionConfig, shares: int) -> int:
     """Elements an attention keeps of one token: its input, norm, projections (rotated) and heads' output."""
     width = model.embed_dim // heads
     inner = max(config.query_heads, config.kv_heads) * width
-    return 2 * model.embed_dim + (2 * config.query_heads + 3 * config.kv_heads) * width + inner
+    return 2 * model.embed_dim + ((2 * config.query_heads + 3 * config.kv_heads) * width + inner) // shares
 
 
 def _hidden(width: int, gated: bool) -> int:
@@ -219,25 +243,26 @@ def _hidden(width: int, gated: bool) -> int:
     return (4 if gated else 2) * width
 
 
-def _feed_forward(model: ModelConfig, width: int, gated: bool) -> int:
-    return 2 * model.embed_dim + _hidden(width, gated)
+def _feed_forward(model: ModelConfig, width: int, gated: bool, shares: int) -> int:
+    return 2 * model.embed_dim + _hidden(width, gated) // shares
 
 
-def _moe(model: ModelConfig) -> int:
+def _moe(model: ModelConfig, shares: int) -> int:
     part, moe = model.decoder, model.decoder.moe
     assert moe is not None
     visited = moe.top_k * (3 * model.embed_dim + _hidden(part.ff_dim, part.gated_ff))
     shared = moe.num_shared_experts * _hidden(moe.shared_expert_dim or part.ff_dim, part.gated_ff)
-    return 2 * model.embed_dim + moe.num_experts + visited + shared
+    return 2 * model.embed_dim + moe.num_experts + (visited + shared) // shares
 
 
-def _decoder_elements(model: ModelConfig) -> int:
+def _decoder_elements(model: ModelConfig, shares: int) -> int:
     """Elements that all layers of the decoder keep of one token."""
     part = model.decoder
-    own = _attention(model, part.heads, part.attention)
-    cross = _attention(model, part.heads, part.cross_attention)
-    dense = _feed_forward(model, part.dense_layer_dim, part.gated_ff)
-    memory = _feed_forward(model, part.ff_dim, part.gated_ff) if part.moe is None else _moe(model)
+    own = _attention(model, part.heads, part.attention, shares)
+    cross = _attention(model, part.heads, part.cross_attention, shares)
+    dense = _feed_forward(model, part.dense_layer_dim, part.gated_ff, shares)
+    moe = 0 if part.moe is None else _moe(model, shares)
+    memory = moe or _feed_forward(model, part.ff_dim, part.gated_ff, shares)
     stateless = [*part.stateless_layers, *part.final_stateless_layers]
-    extra = sum(own + (dense if kind == "dense" else _moe(model)) for kind in stateless)
+    extra = sum(own + (dense if kind == "dense" else moe) for kind in stateless)
     return part.num_layers * (own + cross + memory) + extra

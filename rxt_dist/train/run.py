@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -90,6 +91,7 @@ def _run(arguments: argparse.Namespace, world: World) -> None:
     """Everything that can be checked is checked before a process group exists."""
     config = load_config(arguments.config, arguments.overrides)
     check_world_size(config, world.size)
+    world = replace(world, tensor_size=config.parallel.tensor_size)
     if arguments.resume and arguments.init_from is not None:
         raise ConfigError("--resume and --init-from exclude each other: a resumed run has its own weights")
     manifests = open_datasets(config)

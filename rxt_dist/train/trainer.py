@@ -20,6 +20,7 @@ from rxt_dist.interchange.native import NativeReader
 from rxt_dist.model import RxTModel
 from rxt_dist.observe.metrics import TrainState
 from rxt_dist.parallel.bootstrap import World
+from rxt_dist.parallel.collectives import sum_over_ranks
 from rxt_dist.stages import Pieces, open_pieces
 from rxt_dist.train.build import build_engine
 from rxt_dist.train.callbacks import Callback
@@ -219,9 +220,8 @@ class Trainer:
 
     def _global_values(self, engine: StageEngine, metrics: torch.Tensor) -> dict[str, float]:
         """Loss and metrics of the whole step, from this rank's share of them. Waits for the device."""
-        metrics = metrics.double()
-        dist.all_reduce(metrics)
-        return dict(zip(("loss", *engine.module.metric_names), metrics.tolist(), strict=True))
+        values = sum_over_ranks(metrics.double()).tolist()
+        return dict(zip(("loss", *engine.module.metric_names), values, strict=True))
 
     def _check_finite(self, stage: StageConfig, values: Mapping[str, float]) -> None:
         """A diverged run ends before it saves a checkpoint."""

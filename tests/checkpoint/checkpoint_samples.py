@@ -59,7 +59,7 @@ def save_made_up(run_dir: Path, step: int, keep_last: int = 2, seed: int = 0) ->
         values = content(key, step)
         run = runs_of_ranks(values.numel(), dist.get_world_size(), seed + number)[dist.get_rank()]
         if run.stop > run.start:
-            fragments[key] = Fragment(values.numel(), run.start, values[run])
+            fragments[key] = Fragment.run(values.numel(), run.start, values[run])
     texts = {"config.yaml": f"step: {step}\n"}
     return save_checkpoint(run_dir, trainer_state(step), fragments, text_files=texts, keep_last=keep_last)
 

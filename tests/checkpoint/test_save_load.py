@@ -50,10 +50,10 @@ def assert_content(checkpoint: Path, step: int) -> None:
     reader = CheckpointReader(checkpoint)
     assert reader.state == trainer_state(step)
     wanted = {
-        key: Fragment(len(content(key, step)), 0, torch.empty(len(content(key, step)))) for key in keys()
+        key: Fragment.run(len(content(key, step)), 0, torch.empty(len(content(key, step)))) for key in keys()
     }
     reader.load_fragments(wanted)
-    assert all(torch.equal(fragment.values, content(key, step)) for key, fragment in wanted.items())
+    assert all(torch.equal(fragment.chunks[0][1], content(key, step)) for key, fragment in wanted.items())
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -71,10 +71,10 @@ def test_any_division_is_read_back_by_any_other(tmp_path: Path, ranks: int) -> N
                 run = runs_of_ranks(whole.numel(), 4, 100 * seed + number)[rank]
                 if run.stop > run.start:
                     size = run.stop - run.start
-                    wanted[key] = Fragment(whole.numel(), run.start, torch.empty(size))
+                    wanted[key] = Fragment.run(whole.numel(), run.start, torch.empty(size))
                     expected[key] = whole[run]
             reader.load_fragments(wanted)
-            assert all(torch.equal(wanted[key].values, values) for key, values in expected.items())
+            assert all(torch.equal(wanted[key].chunks[0][1], values) for key, values in expected.items())
 
 
 def test_only_the_newest_checkpoints_are_kept(group: None, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def small(group: None, tmp_path: Path) -> Path:
     """A checkpoint of ``Small``."""
     shapes = {"first": (4, 3), "second": (2, 3), "bias": (5,)}
     values = {"first": torch.arange(12.0), "second": torch.arange(6.0) + 100, "bias": torch.arange(5.0)}
-    fragments = {f"weight.{name}": Fragment(len(flat), 0, flat) for name, flat in values.items()}
+    fragments = {f"weight.{name}": Fragment.run(len(flat), 0, flat) for name, flat in values.items()}
     state = trainer_state(1, shapes)
     return save_checkpoint(tmp_path, state, fragments, text_files={}, keep_last=1)
 
@@ -306,7 +306,7 @@ def test_a_missing_tensor_is_named(small: Path) -> None:
     assert model.bias.tolist() == [0, 1, 2, 3, 4]
     assert model.extra.tolist() == [3.0, 3.0]
     with pytest.raises(CheckpointError, match=r"no entry exp_avg\.bias"):
-        reader.load_fragments({"exp_avg.bias": Fragment(5, 0, torch.empty(5))})
+        reader.load_fragments({"exp_avg.bias": Fragment.run(5, 0, torch.empty(5))})
 
 
 def test_a_checkpoint_of_another_format_is_refused(small: Path) -> None:

@@ -51,22 +51,86 @@ class TestWorldSize:
         ):
             check_world_size(config, 4)
 
-    def test_parallel_sizes_that_are_not_supported(self) -> None:
-        with pytest.raises(MeshError, match=r"^parallel\.tensor_size: found 2; valid: 1$"):
-            check_world_size(tiny("parallel.tensor_size=2"), 2)
+    @pytest.mark.parametrize(
+        ("size", "world", "dp"), [(2, 2, 1), (2, 4, 2), (2, 16, 8), (4, 4, 1), (4, 8, 2)]
+    )
+    def test_tensors_that_can_be_shared(self, size: int, world: int, dp: int) -> None:
+        assert check_world_size(tiny(f"parallel.tensor_size={size}"), world) == dp
+
+    @pytest.mark.parametrize(
+        ("size", "world", "own", "message"),
+        [
+            (3, 4, {}, "the world size (4 ranks), valid: 1, 2, 4"),
+            (8, 8, {}, "model.encoder.attention.query_heads (4), valid: 1, 2, 4"),
+            (4, 6, {}, "the world size (6 ranks), valid: 1, 2"),
+            (
+                4,
+                4,
+                {"model.decoder.attention": "{query_heads: 2, kv_heads: 2}"},
+                "model.decoder.attention.query_heads (2), valid: 1, 2",
+            ),
+            (
+                4,
+                4,
+                {"model.memory_attention.attention": "{query_heads: 1, kv_heads: 2}"},
+                "model.memory_attention.attention.kv_heads (2), valid: 1, 2",
+            ),
+            (2, 2, {"model.encoder.ff_dim": 65}, "model.encoder.ff_dim (65), valid: 1"),
+            (2, 2, {"model.decoder.ff_dim": 65}, "model.decoder.ff_dim (65), valid: 1"),
+            (
+                2,
+                2,
+                {"model.decoder.moe.shared_expert_dim": 33},
+                "model.decoder.moe.shared_expert_dim (33), valid: 1",
+            ),
+            (
+                2,
+                2,
+                {"model.decoder.stateless_layers": "[dense]", "model.decoder.dense_layer_dim": 7},
+                "model.decoder.dense_layer_dim (7), valid: 1",
+            ),
+        ],
+    )
+    def test_tensors_that_cannot_be_shared(
+        self, size: int, world: int, own: dict[str, Any], message: str
+    ) -> None:
+        config = tiny(f"parallel.tensor_size={size}", *(f"{key}={value}" for key, value in own.items()))
+        with pytest.raises(MeshError) as caught:
+            check_world_size(config, world)
+        assert str(caught.value) == f"parallel.tensor_size: found {size}; must divide {message}"
+
+    def test_routed_experts_and_unused_layers_are_not_cut(self) -> None:
+        check_world_size(
+            tiny(
+                "parallel.tensor_size=2",
+                "model.decoder.ff_dim=65",
+                "model.decoder.moe.num_shared_experts=0",
+                "model.decoder.dense_layer_dim=7",
+            ),
+            2,
+        )
+
+    def test_packs_are_dealt_to_data_parallel_ranks(self) -> None:
+        with pytest.raises(MeshError) as caught:
+            check_world_size(tiny("parallel.tensor_size=2"), 32)
+        assert str(caught.value) == (
+            "world size: found 32 ranks; the data-parallel size must divide batch.packs (8), "
+            "valid world sizes: 2, 4, 8, 16"
+        )
 
     @pytest.mark.parametrize(("size", "world"), [(1, 8), (2, 2), (2, 8), (4, 4), (4, 8)])
     def test_experts_that_can_be_dealt_out(self, size: int, world: int) -> None:
         assert check_world_size(tiny(f"parallel.expert_size={size}"), world) == world
 
+    @pytest.mark.parametrize("field", ["expert_size", "tensor_size"])
     @pytest.mark.parametrize("key", ["contiguous_gradients", "reduce_scatter"])
-    def test_settings_of_zero_that_spread_experts_need(self, key: str) -> None:
+    def test_settings_of_zero_that_spread_experts_need(self, key: str, field: str) -> None:
         block = f"deepspeed={{zero_optimization: {{{key}: false}}}}"
         tiny(block)
         with pytest.raises(ConfigError) as caught:
-            tiny(block, "parallel.expert_size=2")
+            tiny(block, f"parallel.{field}=2")
         assert str(caught.value) == (
-            f"tiny with --set: deepspeed.zero_optimization.{key}: found false; parallel.expert_size above 1 "
+            f"tiny with --set: deepspeed.zero_optimization.{key}: found false; parallel.{field} above 1 "
             "needs it, valid: true"
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +9,12 @@ import pytest
 import torch
 from helpers.datasets import Datasets
 from helpers.launch import run_ranks
-from helpers.runs import (
-    arguments,
-    checkpoints,
-    evaluations,
-    metrics,
-    relative,
-    tensors,
-    trainer_state,
-    uninterrupted,
-    untimed,
-)
+from helpers.mesh_runs import SAVED, SETTINGS, STEPS, assert_same_path, resumed
+from helpers.runs import arguments, checkpoints, evaluations, metrics, tensors, uninterrupted, untimed
 
 from rxt_dist.stages.expert_statistics import EXPERT_STATISTICS
 from rxt_dist.train.evaluate_checkpoint import evaluate_checkpoint
 
-STEPS, SAVED = 10, [2, 4, 5, 6, 8, 10]
-SETTINGS: dict[str, Any] = {
-    "batch.packs": 4,
-    "batch.pack_tokens": 64,
-    "batch.lanes": 4,
-    "evaluation.max_packs": 3,
-    "evaluation.max_conversations": 6,
-    "evaluation.samples": 1,
-    "evaluation.sample_tokens": 4,
-    "checkpoint.every_steps": 2,
-    "checkpoint.keep_last": 100,
-    "stages": "[{name: joint_lm, steps: 5}, {name: smat, steps: 5, unfreeze: {decoder: 2}}]",
-}
 SPREAD = {"parallel.expert_size": 2}
 BALANCED = {
     "model.decoder.moe.aux_loss": "switch",
@@ -58,37 +35,6 @@ def whole(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> dict[
         name: uninterrupted(datasets, tmp_path_factory, ranks, SETTINGS | own, SAVED)
         for name, (ranks, own) in WHOLE.items()
     }
-
-
-def resumed(
-    datasets: Datasets, folder: Path, start: Path, step: int, ranks: int, own: dict[str, Any]
-) -> Path:
-    """What becomes of a run whose newest checkpoint is the one of ``step``."""
-    run_dir = folder / "run"
-    shutil.copytree(start, run_dir)
-    for number, path in checkpoints(run_dir).items():
-        if number > step:
-            shutil.rmtree(path)
-    (run_dir / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
-    run_ranks(ranks, [*arguments(datasets, "run", SETTINGS | own), "--resume"], folder).check()
-    return run_dir
-
-
-def assert_same_path(ours: Path, theirs: Path) -> None:
-    """Every logged number, weights and moments of the end, up to rounding."""
-    for own, reference in zip(untimed(metrics(ours)), untimed(metrics(theirs)), strict=True):
-        assert own.keys() == reference.keys()
-        for name, value in reference.items():
-            if isinstance(value, float):
-                assert relative(own[name], value) <= 1e-5, (own["step"], name)
-            else:
-                assert own[name] == value, (own["step"], name)
-    found, expected = (tensors(checkpoints(folder)[STEPS]) for folder in (ours, theirs))
-    assert found.keys() == expected.keys()
-    for name, values in found.items():
-        error = (values - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-2)
-        assert error <= 5e-4, (name, float(error))
-    assert trainer_state(checkpoints(ours)[STEPS]) == trainer_state(checkpoints(theirs)[STEPS])
 
 
 def test_spread_experts_are_the_same_run(whole: dict[str, Path]) -> None:

@@ -11,9 +11,9 @@ from helpers.datasets import Datasets
 from helpers.launch import run_ranks
 from helpers.runs import arguments, checkpoints, metrics, tensors
 
-from rxt_dist.checkpoint.fragments import canonical_parts
 from rxt_dist.config import load_config
 from rxt_dist.model import build_model
+from rxt_dist.model.canonical import canonical_parts
 
 COMPONENTS = ("encoder", "decoder", "mlm_head", "memory_attention")
 STAGES = (

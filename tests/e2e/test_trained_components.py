@@ -10,9 +10,9 @@ from helpers.datasets import Datasets
 from helpers.launch import run_ranks
 from helpers.runs import SMALL, arguments, checkpoints, evaluations, metrics, tensors
 
-from rxt_dist.checkpoint.fragments import canonical_parts
 from rxt_dist.config import load_config
 from rxt_dist.model import build_model
+from rxt_dist.model.canonical import canonical_parts
 
 STEPS = 3
 STAGES = (

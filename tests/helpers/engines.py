@@ -30,7 +30,8 @@ def start_engine(config: RunConfig, model: RxTModel, changes: dict[str, Any] | N
     """The engine of the run's first stage; ``changes`` replace top-level keys of its DeepSpeed settings."""
     stage = config.stages[0]
     optimizer = stage_optimizer(config, stage)
-    settings = deepspeed_config(config, stage, dp_size=dist.get_world_size(), optimizer=optimizer)
+    dp_size = dist.get_world_size() // config.parallel.tensor_size
+    settings = deepspeed_config(config, stage, dp_size=dp_size, optimizer=optimizer)
     settings |= changes or {}
     return StageEngine(model, build_stage(model, config, stage), settings, torch.device("cpu"))
 

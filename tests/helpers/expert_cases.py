@@ -6,7 +6,7 @@ Both start from the same whole model and see the same data. What they have in co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,14 +28,13 @@ from helpers.lanes import (
     windows,
 )
 
-from rxt_dist.checkpoint.fragments import canonical_parts
 from rxt_dist.config import RunConfig, load_config
 from rxt_dist.data.batch import MaskPlan, TextBatch, build_text_batch
 from rxt_dist.data.order import Pack
 from rxt_dist.data.pieces import Piece
 from rxt_dist.kernels.attention import set_attention_backend
-from rxt_dist.model import RxTModel, build_model
-from rxt_dist.model.canonical import named_tensors
+from rxt_dist.model import RxTModel, SequenceLayout, build_model
+from rxt_dist.model.canonical import canonical_parts, named_tensors
 from rxt_dist.model.moe import MoE
 from rxt_dist.parallel.mesh import Mesh
 from rxt_dist.parallel.parallelize import parallelize
@@ -64,11 +63,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "top_k": 1,
     },
 }
+_ATTENTIONS = (
+    "encoder.attention",
+    "decoder.attention",
+    "decoder.cross_attention",
+    "memory_attention.attention",
+    "memory_attention.interlayer_attention",
+)
+HEADS = {
+    "as tiny": None,
+    "one kv head, gated": "{query_heads: 4, kv_heads: 1, gated: true, qk_norm: true}",
+    "reverse": "{query_heads: 2, kv_heads: 4, qk_norm: true, output_bias: false}",
+}
+"""What all attentions of a case have; None: each its own."""
 STAGES = {
     "joint_lm": f"{{name: joint_lm, steps: {STEPS}}}",
     "smat": f"{{name: smat, steps: {STEPS}}}",
     "smat, frozen decoder": f"{{name: smat, steps: {STEPS}, frozen: [decoder]}}",
     "smat, decoder joins": f"{{name: smat, steps: {STEPS}, unfreeze: {{decoder: 1}}}}",
+    "memory_attention": f"{{name: memory_attention, steps: {STEPS}, stm_difference_scale: 0.3}}",
     "smat, always fresh": f"{{name: smat, steps: {STEPS}}}",
 }
 
@@ -83,6 +96,12 @@ class Case(NamedTuple):
     accumulation: int = 1
     variant: str = "shared expert"
     recompute: str = "none"
+    tensor_size: int = 1
+    heads: str = "as tiny"
+
+    @property
+    def dp_size(self) -> int:
+        return self.world // self.tensor_size
 
     def config(self) -> RunConfig:
         return _config(self)
@@ -90,7 +109,7 @@ class Case(NamedTuple):
 
 @cache
 def _config(case: Case) -> RunConfig:
-    micro = UNITS // (case.world * case.accumulation)
+    micro = UNITS // (case.dp_size * case.accumulation)
     values = SETTINGS | {
         "model.embed_dim": 32,
         "stages": f"[{STAGES[case.stage]}]",
@@ -101,10 +120,14 @@ def _config(case: Case) -> RunConfig:
         "batch.window": WINDOW,
         "zero.stage": case.zero,
         "parallel.expert_size": case.expert_size,
+        "parallel.tensor_size": case.tensor_size,
         "runtime.recompute": case.recompute,
         "optimizer": f"{{clip_norm: {CLIP}, schedule: constant}}",
         **{f"model.decoder.moe.{name}": value for name, value in VARIANTS[case.variant].items()},
     }
+    heads = HEADS[case.heads]
+    if heads is not None:
+        values |= {f"model.{name}": heads for name in _ATTENTIONS}
     return load_config("tiny", [f"{name}={value}" for name, value in values.items()], require_data=False)
 
 
@@ -123,10 +146,11 @@ class Pieces:
         return np.concatenate([self.read(piece).tokens for piece in pieces.tolist()])
 
 
-def text_batch(packs: range, step: int) -> TextBatch:
-    """Packs of one piece each; those of the second half have no masked token."""
+def text_batch(case: Case, packs: range, step: int) -> TextBatch:
+    """Packs of one piece each; of several micro-batches of a step the second half has no masked token."""
+    masked = packs.start < UNITS // 2 or case.dp_size * case.accumulation == 1
     pack = Pack(np.array(packs, dtype=np.int64), np.full(len(packs), step, dtype=np.int64))
-    return build_text_batch(Pieces(), pack, MaskPlan(77, 0.5 if packs.start < UNITS // 2 else 1e-12), MASK_ID)
+    return build_text_batch(Pieces(), pack, MaskPlan(77, 0.5 if masked else 1e-12), MASK_ID)
 
 
 def conversations(case: Case) -> MemoryPieces:
@@ -156,35 +180,41 @@ def whole_model(case: Case) -> RxTModel:
 
 
 def model_of_rank(case: Case, whole: RxTModel, rank: int) -> RxTModel:
-    mesh = Mesh(case.world, expert_size=case.expert_size)
+    mesh = Mesh(case.world, case.tensor_size, case.expert_size)
     model = build_model(case.config().model, 0, lambda one: parallelize(one, mesh, rank))
-    source, target = named_tensors(whole), named_tensors(model)
+    source = canonical_values(whole, named_tensors(whole))
+    target = named_tensors(model)
     with torch.no_grad():
         for name, parts in canonical_parts(model).items():
-            flat, values = target[name].view(-1), source[name].view(-1)
-            if len(parts) == 1:
-                values = values[parts[0].offset :]
-            flat.copy_(values[: flat.numel()])
+            flat = target[name].view(-1)
+            for part in parts:
+                part.of(flat).copy_(part.taken_from(source[part.name]))
     return model
 
 
 def text_steps(case: Case, engine: StageEngine, rank: int) -> Iterator[list[tuple[Any, dict[str, int]]]]:
-    share = UNITS // case.world
+    share = UNITS // case.dp_size
     size = share // case.accumulation
     for step in range(STEPS):
-        packs = [text_batch(range(unit, unit + 1), step) for unit in range(UNITS)]
+        packs = [text_batch(case, range(unit, unit + 1), step) for unit in range(UNITS)]
         counts: dict[str, int] = {}
         for pack in packs:
             for name, count in engine.module.local_counts(pack).items():
                 counts[name] = counts.get(name, 0) + count
         own = range(rank * share, (rank + 1) * share, size)
-        yield [(text_batch(range(first, first + size), step), counts) for first in own]
+        yield [(text_batch(case, range(first, first + size), step), counts) for first in own]
 
 
 def lane_steps(case: Case, rank: int) -> Iterator[list[tuple[Any, dict[str, int]]]]:
-    micro = UNITS // (case.world * case.accumulation)
+    micro = UNITS // (case.dp_size * case.accumulation)
     with windows(
-        conversations(case), window=WINDOW, lanes=UNITS, rank=rank, ranks=case.world, micro=micro
+        conversations(case),
+        window=WINDOW,
+        lanes=UNITS,
+        rank=rank,
+        ranks=case.dp_size,
+        micro=micro,
+        look_back=case.stage != "memory_attention",
     ) as steps:
         for _ in range(STEPS):
             step = next(steps)
@@ -204,9 +234,10 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
     config = case.config()
     engine = start_engine(config, model, {"optimizer": OPTIMIZERS[optimizer]})
     rate = OPTIMIZERS[optimizer]["params"]["lr"]
-    share = UNITS // case.world
+    share = UNITS // case.dp_size
     stm = torch.zeros(2, share, config.model.stm_size, 32)
     found: dict[str, Any] = {"loss": [], "norm": [], "gradients": []}
+    rank //= case.tensor_size  # of its data-parallel group from here on
     steps = text_steps(case, engine, rank) if case.stage == "joint_lm" else lane_steps(case, rank)
     for number, batches in enumerate(steps):
         engine.begin_step(number, {start: rate * (number >= start) for start in engine.group_starts})
@@ -228,7 +259,8 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
         found["loss"].append(sum(losses))
         found["norm"].append(engine.gradient_norm())
     found["fragments"] = {
-        key: (one.numel, one.offset, one.values.clone()) for key, one in engine.owned_fragments().items()
+        key: (one.shape, [(list(where), values.clone()) for where, values in one.chunks])
+        for key, one in engine.owned_fragments().items()
     }
     found["shapes"] = engine.tensor_shapes()
     found["buffers"] = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -236,16 +268,17 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
     return found
 
 
-def _gradients(engine: StageEngine, model: RxTModel) -> dict[str, torch.Tensor]:
-    """Reduced gradients before clipping, by canonical name with the place in the whole tensor."""
+def _gradients(engine: StageEngine, model: RxTModel) -> dict[str, list[Any]]:
+    """Reduced gradients before clipping, by canonical name: boxes with their places in the whole tensor."""
     trained = {id(p) for group in engine.engine.optimizer.bit16_groups for p in group}
-    found = {}
+    found: dict[str, list[Any]] = {}
     parts = canonical_parts(model)
     for name, parameter in model.named_parameters():
         if id(parameter) in trained:
             flat = parameter.get_full_hp_grad().view(-1)  # type: ignore[attr-defined]
             for part in parts[name]:
-                found[part.name] = (part.offset, part.of(flat).clone())
+                box = part.of(flat).view(part.box.sizes).clone()
+                found.setdefault(part.name, []).append((list(part.box.starts), box))
     return found
 
 
@@ -288,7 +321,8 @@ class Plain:
         self.case, self.config = case, case.config()
         self.model = whole_model(case)
         self.margin = float("inf")
-        self.unused = True
+        self.unused: bool | None = None
+        """Whether no token chose the last expert; None if no token was routed."""
         self.routers = [
             PlainRouter(moe, name) for name, moe in self.model.named_modules() if isinstance(moe, MoE)
         ]
@@ -310,14 +344,18 @@ class Plain:
         scores = logits if bias is None else logits.softmax(1) + bias
         best = scores.topk(router.top_k + 1).values
         self.margin = min(self.margin, float((best[:, -2] - best[:, -1]).min()))
-        self.unused &= not bool((routing.experts == logits.shape[1] - 1).any())
+        unused = not bool((routing.experts == logits.shape[1] - 1).any())
+        self.unused = unused if self.unused is None else self.unused and unused
 
     def groups(self) -> dict[int, dict[str, torch.nn.Parameter]]:
         """Trained parameters by the step from which they train; the embedding goes with the encoder."""
         found: dict[int, dict[str, torch.nn.Parameter]] = {}
-        text = self.case.stage == "joint_lm"
+        components = {
+            "joint_lm": ("encoder", "decoder", "mlm_head"),
+            "memory_attention": ("memory_attention",),
+        }.get(self.case.stage, ("encoder", "decoder", "memory_attention"))
         for name, parameter in self.model.named_parameters():
-            if not name.startswith("memory_attention" if text else "mlm_head"):
+            if name.startswith(components):
                 start = self.start if name.startswith("decoder") else 0
                 found.setdefault(start, {})[name] = parameter
         return found
@@ -326,8 +364,10 @@ class Plain:
         for router in self.routers:
             router.logits.clear()
         if self.case.stage == "joint_lm":
-            packs = [text_batch(range(unit, unit + 1), number) for unit in range(UNITS)]
+            packs = [text_batch(self.case, range(unit, unit + 1), number) for unit in range(UNITS)]
             values = naive.means(self.model, packs)
+        elif self.case.stage == "memory_attention":
+            return self._write_loss(number)
         else:
             values = self._lane_means(number)
         task = torch.stack([values[name] for name in TASKS if name in values]).sum()
@@ -339,6 +379,30 @@ class Plain:
             balance = torch.stack([router.switch() for router in self.routers]).mean()
         z = torch.stack([router.z() for router in self.routers]).mean()
         return task + moe.aux_loss_scale * balance + moe.z_loss_weight * z
+
+    def _write_loss(self, number: int) -> torch.Tensor:
+        """Distances of written slots to their labels, and the size of the changes."""
+        cosines, changes, slots = [], [], 0
+        for lane in range(UNITS):
+            stm = self.carried.get(lane)
+            for places in self.places[number * WINDOW : (number + 1) * WINDOW]:
+                place = places[lane]
+                interaction = self.source.conversations[place.conversation][place.number]
+                before = fresh_stm(self.config, place.visit) if place.number == 0 else stm
+                assert before is not None
+                with torch.no_grad():
+                    layout = SequenceLayout.from_lengths([len(interaction.tokens)])
+                    encoded = self.model.encoder(torch.tensor(interaction.tokens), layout)
+                stm = self.model.memory_attention(before, encoded, layout)
+                new = 0.9 if place.number == 0 else max(0.05, 0.5 - 0.05 * place.number)
+                used = min(self.config.model.stm_size, len(interaction.tokens))
+                label = (1 - new) * before.detach()[:, 0, :used] + new * encoded[:, :used]
+                cosines.append(F.cosine_similarity(stm[:, 0, :used], label, dim=-1).mean(dim=0).sum())
+                changes.append((place.number + 1) ** 0.5 * (stm - before).square().mean())
+                slots += used
+            assert stm is not None
+            self.carried[lane] = stm.detach()
+        return -torch.stack(cosines).sum() / slots + 0.3 * torch.stack(changes).mean()
 
     def _lane_means(self, number: int) -> dict[str, torch.Tensor]:
         answers = []
@@ -387,15 +451,20 @@ class Plain:
                 self.optimizers[start] = self.kind(list(group.values()), **self.settings)
             self.optimizers[start].step()
         if number >= self.start:
-            for router in self.routers:
+            for router in self.routers if self.case.stage != "memory_attention" else []:
                 router.update()
         return loss.item(), norm, gradients
 
     def canonical(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Flat values by canonical name."""
-        return {
-            part.name: part.of(values[name].reshape(-1))
-            for name, parts in canonical_parts(self.model).items()
-            if name in values
-            for part in parts
-        }
+        """``values`` of parameters by canonical name."""
+        return canonical_values(self.model, values)
+
+
+def canonical_values(model: RxTModel, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``values`` of parameters of a whole model by canonical name."""
+    return {
+        part.name: part.of(values[name].reshape(-1)).view(part.shape)
+        for name, parts in canonical_parts(model).items()
+        if name in values
+        for part in parts
+    }

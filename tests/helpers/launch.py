@@ -42,6 +42,7 @@ _PRELOADED = [
     "rxt_dist.train.run",
     "rxt_dist.train.trainer",
     "helpers.preload",
+    "rxt_dist.parallel.megatron",
 ]
 
 _server = multiprocessing.get_context("forkserver")
@@ -109,11 +110,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def environment() -> dict[str, str]:
-    """Variables of a run on the CPU, started from the repository by the interpreter of the tests."""
+def environment(*, gpus: bool = False) -> dict[str, str]:
+    """Variables of a run, started from the repository by the interpreter of the tests; on the CPU unless
+    ``gpus``."""
     distributed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = {name: value for name, value in os.environ.items() if name not in distributed}
-    values |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    values["OMP_NUM_THREADS"] = "1"
+    if gpus:
+        values.pop("DS_ACCELERATOR", None)
+    else:
+        values |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     values["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{values.get('PATH', '')}"
     return values
 
@@ -170,19 +176,28 @@ def _run_program(arguments: list[str], variables: Mapping[str, str], folder: Pat
     runpy.run_path(str(PROGRAM), run_name="__main__")
 
 
-def deepspeed(count: int, arguments: list[str], folder: Path, timeout: float = TIMEOUT_SECONDS) -> Result:
+def deepspeed(
+    count: int,
+    arguments: list[str],
+    folder: Path,
+    timeout: float = TIMEOUT_SECONDS,
+    *,
+    gpus: bool = False,
+) -> Result:
     """Run the program on ``count`` ranks under the deepspeed launcher."""
     launcher = ["deepspeed", "--num_gpus", str(count), "--master_port", str(free_port()), str(PROGRAM)]
-    return shell([*launcher, *arguments], folder, timeout)
+    return shell([*launcher, *arguments], folder, timeout, gpus=gpus)
 
 
-def shell(command: list[str], folder: Path, timeout: float = TIMEOUT_SECONDS) -> Result:
+def shell(
+    command: list[str], folder: Path, timeout: float = TIMEOUT_SECONDS, *, gpus: bool = False
+) -> Result:
     """Run a command to its end; it is killed with its children after ``timeout`` seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
         command,
         cwd=folder,
-        env=environment(),
+        env=environment(gpus=gpus),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -18,12 +18,13 @@ from helpers.runs import SMALL, arguments, checkpoints, tensors, tree
 from interchange_samples import full_tensors, model_of, read_published, tensors_equal, without_tables
 
 from rxt_dist.checkpoint import TrainerState, save_checkpoint
-from rxt_dist.checkpoint.fragments import Fragment, canonical_parts
+from rxt_dist.checkpoint.fragments import Fragment
 from rxt_dist.cli import main
 from rxt_dist.config import ModelConfig, load_config
 from rxt_dist.data.tokens import load_tokenizer
 from rxt_dist.interchange.pretrained import load_pretrained
 from rxt_dist.model import RxTModel
+from rxt_dist.model.canonical import canonical_parts
 from rxt_dist.model.stm import draw_stm
 from rxt_dist.train.datasets import open_datasets, resolve
 from rxt_dist.train.run_dir import create_run_dir
@@ -48,7 +49,7 @@ def save_run(run_dir: Path, config: ModelConfig, step: int) -> None:
             low, high = cuts[rank], cuts[rank + 1]
             if high > low:
                 values = flat[part.start + low : part.start + high].clone()
-                fragments[f"weight.{part.name}"] = Fragment(part.numel, low, values)
+                fragments[f"weight.{part.name}"] = Fragment.run(part.numel, low, values)
             shapes[part.name] = list(part.shape)
     state = TrainerState(
         step=step,

@@ -23,7 +23,6 @@ from interchange_samples import (
 )
 
 from data_prep.cli import main as rxt_data
-from rxt_dist.checkpoint.fragments import canonical_parts
 from rxt_dist.cli import main
 from rxt_dist.config import ModelConfig, load_config, load_model_config
 from rxt_dist.data.manifest import load_manifest
@@ -31,6 +30,7 @@ from rxt_dist.data.tokens import load_tokenizer
 from rxt_dist.errors import CheckpointError, ConfigError
 from rxt_dist.interchange.pretrained import save_pretrained
 from rxt_dist.model import RxTModel, build_model
+from rxt_dist.model.canonical import canonical_parts
 from rxt_dist.train.datasets import open_datasets, resolve
 from rxt_dist.train.initial_weights import check_weights
 

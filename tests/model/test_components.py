@@ -18,7 +18,7 @@ from model_samples import (
 
 from rxt_dist.config import ModelConfig
 from rxt_dist.model import Memory, RxTModel, SequenceLayout, build_model
-from rxt_dist.model.canonical import canonical_map
+from rxt_dist.model.canonical import canonical_parts
 
 
 def built(config: ModelConfig) -> RxTModel:
@@ -186,9 +186,10 @@ def test_bf16_stays_close_to_fp32(name: str) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_canonical_parts_cover_every_parameter(name: str) -> None:
     model = built(VARIANTS[name])
-    parts = canonical_map(model)
-    names = [canonical for pieces in parts.values() for canonical, _ in pieces]
+    parts = canonical_parts(model)
+    names = [part.name for found in parts.values() for part in found]
     assert len(names) == len(set(names))
     for key, parameter in model.named_parameters():
-        assert sum(size for _, size in parts[key]) == parameter.shape[0], key
-    assert parts["encoder.layers.0.attention.qkv.weight"][0][0] == "encoder.layers.0.attention.q.weight"
+        assert sum(part.held for part in parts[key]) == parameter.numel(), key
+        assert all(part.held == part.numel for part in parts[key]), key
+    assert parts["encoder.layers.0.attention.qkv.weight"][0].name == "encoder.layers.0.attention.q.weight"

@@ -68,6 +68,35 @@ def agree_on_ranks(folder: str) -> None:
     Path(folder, f"{rank}.txt").write_text(repr(found))
 
 
+def agree_in_pairs(folder: str) -> None:
+    """Ranks 0 and 1, and 2 and 3, read the same data; in the last step rank 3 alone meets a block."""
+    rank = dist.get_rank()
+    corrupt = CorruptBlocks(skip=True, limit=3, copies=2)
+    found: list[object] = []
+    # Step by step what each pair left out, and which blocks it has met by then.
+    steps: list[list[tuple[int, list[int]]]] = [
+        [(0, []), (30, [5])],
+        [(10, [4]), (0, [5])],
+        [(0, [4]), (7 * (rank == 3), [5])],
+    ]
+    for step in steps:
+        tokens, blocks = step[rank // 2]
+        lost = {"tokens": tokens, "masked": 0, "next": 0}
+        try:
+            found.append(corrupt.agree(COUNTS, lost, {(0, b): f"block {b}" for b in blocks})["tokens"])
+        except DataError as error:
+            found.append(str(error))
+    Path(folder, f"{rank}.txt").write_text(repr(found))
+
+
+def test_ranks_that_read_the_same_data_count_once(tmp_path: Path) -> None:
+    assert run_function(4, agree_in_pairs, str(tmp_path)) == [0] * 4
+    for rank in range(4):
+        first, second, error = ast.literal_eval((tmp_path / f"{rank}.txt").read_text())
+        assert (first, second) == (970, 990)
+        assert error.startswith("ranks that share tensors found different blocks damaged;")
+
+
 def test_the_ranks_agree(tmp_path: Path) -> None:
     assert run_function(3, agree_on_ranks, str(tmp_path)) == [0, 0, 0]
     found = [(tmp_path / f"{rank}.txt").read_text() for rank in range(3)]

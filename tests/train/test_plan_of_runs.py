@@ -35,6 +35,18 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     for stage, zero, precision in zip(STAGES, (1, 2, 1), ("fp32", "bf16", "bf16"), strict=True)
 ]
 CASES += [(stage, {"parallel.expert_size": 2, "zero.stage": 2}) for stage in STAGES]
+CASES += [(stage, {"parallel.tensor_size": 2}) for stage in STAGES]
+CASES += [
+    (
+        STAGES[2],
+        {
+            "parallel.tensor_size": 2,
+            "parallel.expert_size": 2,
+            "model.decoder.attention": "{query_heads: 4, kv_heads: 1, gated: true, qk_norm: true}",
+            "model.decoder.moe.num_shared_experts": 2,
+        },
+    )
+]
 
 
 def overrides(stage: str, own: dict[str, Any]) -> list[str]:
@@ -48,7 +60,8 @@ def measure(folder: Path) -> None:
     found = []
     for stage, own in CASES:
         config = load_config("tiny", overrides(stage, own), require_data=False)
-        mesh, rank = Mesh(2, expert_size=config.parallel.expert_size), torch.distributed.get_rank()
+        sizes, rank = config.parallel, torch.distributed.get_rank()
+        mesh = Mesh(2, sizes.tensor_size, sizes.expert_size)
         engine = start_engine(
             config, build_model(config.model, 0, partial(parallelize, mesh=mesh, rank=rank))
         )
@@ -174,8 +187,8 @@ def test_without_a_vocabulary_embedding_and_heads_are_left_out(capsys: pytest.Ca
         (["--config", "tiny", "--world-size", "0"], "world size: found 0 ranks"),
         (["--config", "tiny"], "--config needs --world-size N"),
         (["--config", "nope", "--world-size", "1"], "nope"),
-        (["--config", "tiny", "--world-size", "2", "--set", "parallel.tensor_size=2"],
-         "parallel.tensor_size: found 2; valid: 1"),
+        (["--config", "tiny", "--world-size", "8", "--set", "parallel.tensor_size=8"],
+         "found 8; must divide model.encoder.attention.query_heads (4), valid: 1, 2, 4"),
         (["--config", "tiny", "--world-size", "2", "--set", "zero.stage=3"], "zero.stage: found 3"),
         (["--config", "tiny", "--world-size", "2", "--set", "batch.lanes=3"], "batch.lanes (3)"),
         (["--model", "tiny", "--vocab-size", "90", "--world-size", "2"], "belong to --config"),

@@ -1,0 +1,268 @@
+"""Linear maps and the embedding, shared by tensor-parallel ranks: Megatron-core's layers with plain results.
+
+A column-parallel map holds some of its outputs, a row-parallel one some of its inputs (Shoeybi et al., 2019:
+Megatron-LM). Which ones they are of the whole map is what :meth:`cuts` says; that is all that initial values
+and checkpoints need. Groups are handed over, so that Megatron-core's own process-wide state is not used.
+
+Shape legend: N rows, I inputs, O outputs of the whole map, i and o those held here, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from rxt_dist.model.canonical import Cut
+from rxt_dist.model.initialisation import Distribution, linear_default
+from rxt_dist.model.stacked import StackedLinear
+from rxt_dist.parallel.megatron import (
+    ColumnParallelLinear,
+    ModelParallelConfig,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    get_pg_size,
+)
+from rxt_dist.parallel.regions import leave_parts
+
+
+class TensorRank(NamedTuple):
+    """This rank among those that share tensors. ``group`` is None where nothing is computed, as in plans."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
+
+    @property
+    def ranks(self) -> dist.ProcessGroup:
+        assert self.group is not None
+        return self.group
+
+    def part_of(self, total: int) -> range:
+        """The consecutive entries of ``total`` that this rank holds; all ranks hold equally many."""
+        count = total // self.size
+        return range(self.rank * count, (self.rank + 1) * count)
+
+
+def _megatron_config(tensor: TensorRank) -> ModelParallelConfig:
+    return ModelParallelConfig(
+        tensor_model_parallel_size=tensor.size,
+        # Parameters are made on the device of the surrounding context, without values.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """Some outputs of a linear map. x [N, I] -> [N, o].
+
+    ``whole`` is the map, ``held`` the outputs of each of the canonical tensors that it consists of, of
+    ``rows`` outputs each. With ``adds_gradient`` false the caller adds up the gradients of x over the ranks.
+    """
+
+    def __init__(
+        self,
+        whole: nn.Linear,
+        rows: Sequence[int],
+        held: Sequence[range],
+        tensor: TensorRank,
+        *,
+        adds_gradient: bool = True,
+    ) -> None:
+        outputs = sum(len(part) for part in held)
+        with whole.weight.device:
+            super().__init__(
+                whole.in_features,
+                outputs * get_pg_size(tensor.group),
+                bias=whole.bias is not None,
+                config=_megatron_config(tensor),
+                init_method=_no_values,
+                disable_grad_reduce=not adds_gradient,
+                tp_group=tensor.group,
+            )
+        self.in_features, self.out_features = whole.in_features, outputs
+        self._pieces = list(zip(rows, held, strict=True))
+
+    def cuts(self) -> dict[str, list[Cut]]:
+        found = {"weight": [Cut.along(0, (rows, self.in_features), held) for rows, held in self._pieces]}
+        if self.bias is not None:
+            found["bias"] = [Cut.along(0, (rows,), held) for rows, held in self._pieces]
+        return found
+
+    def initial_distributions(self) -> dict[str, Distribution]:
+        return dict.fromkeys(("weight", "bias"), linear_default(self.in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = super().forward(x)[0]
+        return out
+
+
+class RowLinear(RowParallelLinear):  # type: ignore[misc]
+    """A linear map of which every rank has some of the inputs. x [N, i] -> [N, O], the same on all ranks."""
+
+    def __init__(self, whole: nn.Linear, held: range, tensor: TensorRank) -> None:
+        with whole.weight.device:
+            super().__init__(
+                len(held) * get_pg_size(tensor.group),
+                whole.out_features,
+                bias=whole.bias is not None,
+                config=_megatron_config(tensor),
+                init_method=_no_values,
+                input_is_parallel=True,
+                skip_bias_add=False,
+                tp_group=tensor.group,
+            )
+        self.in_features, self.out_features = len(held), whole.out_features
+        self._whole_inputs, self._held = whole.in_features, held
+
+    def cuts(self) -> dict[str, list[Cut]]:
+        return {"weight": [Cut.along(1, (self.out_features, self._whole_inputs), self._held)]}
+
+    def initial_distributions(self) -> dict[str, Distribution]:
+        return dict.fromkeys(("weight", "bias"), linear_default(self._whole_inputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = super().forward(x)[0]
+        return out
+
+
+class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
+    """Rows of an embedding. int64 [N] -> [N, D], the same on all ranks.
+
+    Ranks hold equally many rows; those beyond the vocabulary are zeros that no token looks up.
+    """
+
+    def __init__(self, whole: nn.Embedding, tensor: TensorRank) -> None:
+        rows = vocabulary_part(whole.num_embeddings, tensor)
+        with whole.weight.device:
+            super().__init__(
+                len(rows) * get_pg_size(tensor.group),
+                whole.embedding_dim,
+                config=_megatron_config(tensor),
+                init_method=_no_values,
+                tp_group=tensor.group,
+            )
+        self._vocabulary, self._held = whole.num_embeddings, rows
+
+    def cuts(self) -> dict[str, list[Cut]]:
+        held = real_rows(self._vocabulary, self._held)
+        return {"weight": [Cut.along(0, (self._vocabulary, self.embedding_dim), held)]}
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = super().forward(tokens)
+        return out
+
+
+def vocabulary_part(vocabulary: int, tensor: TensorRank) -> range:
+    """The rows of a vocabulary that this rank holds, padded so that all ranks hold equally many."""
+    count = -(-vocabulary // tensor.size)
+    return range(tensor.rank * count, (tensor.rank + 1) * count)
+
+
+def real_rows(vocabulary: int, rows: range) -> range:
+    """Those of ``rows`` that are not padding."""
+    return range(min(rows.start, vocabulary), min(rows.stop, vocabulary))
+
+
+class SharedHeads(nn.Linear):
+    """Some heads of a projection whose whole weight every rank has: heads of it are read by several ranks.
+
+    x [N, I] -> [N, pieces * heads * d]. The gradient of the weight is this rank's share of it.
+    """
+
+    def __init__(self, whole: nn.Linear, pieces: int, head_width: int, heads: Sequence[int]) -> None:
+        super().__init__(whole.in_features, whole.out_features, bias=False, device=whole.weight.device)
+        self._pieces, self._head_width, self._heads = pieces, head_width, heads
+
+    def partial_parameters(self) -> list[str]:
+        return ["weight"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.view(self._pieces, -1, self._head_width, self.in_features)
+        return F.linear(x, pick_heads(weight, self._heads).reshape(-1, self.in_features))
+
+
+class JoinedLinear(nn.Module):
+    """Two projections of the same input, joined: x [N, I] -> [N, o of the first + o of the second]."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.first(x), self.second(x)], dim=-1)
+
+
+class StackedColumn(StackedLinear):
+    """Some outputs of one linear map a layer. x [L, R, I] -> [L, R, o]; the caller adds up its gradients."""
+
+    def __init__(self, whole: StackedLinear, held: range) -> None:
+        layers, self._outputs, inputs = whole.weight.shape
+        with whole.weight.device:
+            super().__init__(layers, inputs, len(held), bias=whole.bias is not None)
+        self._held = held
+
+    def cuts(self) -> dict[str, list[Cut]]:
+        layers, _, inputs = self.weight.shape
+        found = {"weight": [Cut.along(1, (layers, self._outputs, inputs), self._held)]}
+        if self.bias is not None:
+            found["bias"] = [Cut.along(1, (layers, self._outputs), self._held)]
+        return found
+
+
+class StackedRow(StackedLinear):
+    """One linear map a layer, of which every rank has some inputs. x [L, R, i] -> [L, R, O] on all ranks."""
+
+    def __init__(self, whole: StackedLinear, held: range, tensor: TensorRank) -> None:
+        layers, outputs, self._inputs = whole.weight.shape
+        with whole.weight.device:
+            super().__init__(layers, len(held), outputs, bias=whole.bias is not None)
+        self._held, self._tensor = held, tensor
+
+    def cuts(self) -> dict[str, list[Cut]]:
+        layers, outputs, _ = self.weight.shape
+        return {"weight": [Cut.along(2, (layers, outputs, self._inputs), self._held)]}
+
+    def initial_distributions(self) -> dict[str, Distribution]:
+        return dict.fromkeys(("weight", "bias"), linear_default(self._inputs))
+
+    def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        weight = self.weight if dtype is None else self.weight.to(dtype)
+        out = leave_parts(torch.bmm(x.to(weight.dtype), weight.mT), self._tensor.ranks)
+        return out if self.bias is None else out + self.bias.to(out.dtype)[:, None]
+
+
+class StackedSharedHeads(StackedLinear):
+    """Some heads of one projection a layer whose whole weights every rank has. See :class:`SharedHeads`."""
+
+    def __init__(self, whole: StackedLinear, head_width: int, heads: Sequence[int]) -> None:
+        layers, outputs, inputs = whole.weight.shape
+        with whole.weight.device:
+            super().__init__(layers, inputs, outputs, bias=False)
+        self._head_width, self._heads = head_width, heads
+
+    def partial_parameters(self) -> list[str]:
+        return ["weight"]
+
+    def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        layers, _, inputs = self.weight.shape
+        weight = pick_heads(self.weight.view(layers, -1, self._head_width, inputs), self._heads)
+        rows = x.to(weight.dtype).expand(layers, -1, -1)
+        return torch.bmm(rows, weight.reshape(layers, -1, inputs).mT)
+
+
+def pick_heads(values: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+    """``values[:, heads]`` for numbers on the host, without a copy of them to the device."""
+    first = heads[0]
+    if list(heads) == list(range(first, first + len(heads))):
+        return values[:, first : first + len(heads)]
+    return torch.cat([values[:, head : head + 1] for head in heads], dim=1)
+
+
+def _no_values(_: torch.Tensor) -> None:
+    """Values come from :mod:`rxt_dist.model.initialisation`."""

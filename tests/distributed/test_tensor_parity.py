@@ -1,0 +1,61 @@
+"""Tensors shared by ranks, alone and with spread experts, against autograd in one process."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.expert_cases import OPTIMIZERS, Case
+from helpers.mesh_parity import Launches, assert_parity
+
+COVERING = [
+    Case("joint_lm", 2, 2, zero=2, tensor_size=2, heads="one kv head, gated"),
+    Case("smat", 2, 1, accumulation=2, variant="global bias, two shared", tensor_size=2),
+    Case("memory_attention", 2, 1, zero=2, tensor_size=2, heads="reverse"),
+    Case("smat", 4, 2, zero=2, recompute="interaction", tensor_size=2),
+    Case("joint_lm", 4, 4, tensor_size=4, variant="switch, z, bias, top 1"),
+]
+SPECIAL = [
+    Case("smat", 2, 2, zero=2, variant="no bias", tensor_size=2, heads="reverse", recompute="interaction"),
+    Case("smat, frozen decoder", 2, 1, tensor_size=2),
+    Case("smat, decoder joins", 2, 2, zero=2, tensor_size=2),
+    Case("smat, always fresh", 2, 1, tensor_size=2, heads="one kv head, gated"),
+    Case("joint_lm", 2, 1, tensor_size=2, variant="top 1, unused expert"),
+    Case("joint_lm", 4, 4, zero=2, tensor_size=2, variant="eight experts"),
+    Case("joint_lm", 4, 4, tensor_size=2, variant="top 1, unused expert"),
+    Case("smat", 4, 2, zero=2, tensor_size=4, heads="reverse"),
+    Case("smat", 4, 4, tensor_size=4, heads="one kv head, gated", variant="global bias, two shared"),
+    Case("smat", 4, 1, zero=2, tensor_size=4),
+    Case("memory_attention", 4, 1, accumulation=2, tensor_size=4),
+    Case("smat", 2, 1, tensor_size=2, variant="switch, z"),
+    Case("smat, decoder joins", 4, 2, zero=2, tensor_size=2, variant="selection bias"),
+]
+MATRIX = [
+    Case(stage, world, size, zero, accumulation, tensor_size=2)
+    for stage in ("joint_lm", "smat", "memory_attention")
+    for world in (2, 4)
+    for size in (1, 2, 4)
+    for zero in (1, 2)
+    for accumulation in (1, 2)
+    if size <= world
+]
+SLOW = [*SPECIAL, *MATRIX]
+CASES = [*COVERING, *SLOW]
+PARAMETERS = [
+    pytest.param(
+        case,
+        optimizer,
+        marks=[pytest.mark.slow] if case in SLOW else [],
+        id="-".join(map(str, (*case, optimizer))),
+    )
+    for case in CASES
+    for optimizer in (OPTIMIZERS if case in SLOW else ("AdamW",))
+]
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    return Launches([parameter.values for parameter in PARAMETERS], SLOW, tmp_path_factory)
+
+
+@pytest.mark.parametrize(("case", "optimizer"), PARAMETERS)
+def test_a_mesh_computes_what_one_process_computes(launches: Launches, case: Case, optimizer: str) -> None:
+    assert_parity(case, optimizer, launches.ranks(case, optimizer))
