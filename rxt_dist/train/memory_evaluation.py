@@ -194,7 +194,7 @@ def _score(
     columns = (rows, at.next_targets, at.target_marks)
     for start in range(0, rows.shape[0], CROSS_ENTROPY_CHUNK):
         row, target, mark = (column[start : start + CROSS_ENTROPY_CHUNK] for column in columns)
-        logits = F.linear(row, head.weight, head.bias).float()
+        logits = head(row).float()
         correct = (logits.argmax(dim=-1) == target).double()
         sums[_LOSS] += F.cross_entropy(logits, target, reduction="sum").double()
         sums[_CORRECT] += correct.sum()
