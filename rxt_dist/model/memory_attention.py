@@ -100,14 +100,14 @@ class StackedAttention(Stacked):
         layout: AttentionLayout,
         rotation: Rotation | None = None,
     ) -> torch.Tensor:
-        queries, sources = queries.to(self.q.weight.dtype), sources.to(self.q.weight.dtype)
+        queries, sources = queries.to(self.dtype), sources.to(self.dtype)
         q, k, v = (self._heads(rows) for rows in (self.q(queries), self.k(sources), self.v(sources)))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
             k = rotation.apply_one_sided(k)
         heads = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout, causal=False)
-        joined = heads.flatten(-2).view(*queries.shape[:2], self.out.weight.shape[2])
+        joined = heads.flatten(-2).unflatten(0, queries.shape[:2])
         if self.gate is not None:
             joined = joined * torch.sigmoid(self.gate(queries))
         projected: torch.Tensor = self.out(joined)
@@ -191,7 +191,7 @@ class MemoryAttention(nn.Module):
             stm = stm.masked_fill(absent[:, None, None], 0.0)
             encoded = encoded.masked_fill(absent[layout.sequence_ids][:, None], 0.0)
         groups = MemoryGroups.of(layout, self.layers, stm.shape[2])
-        dtype = self.attention.q.weight.dtype
+        dtype = self.attention.dtype
         rotation = self.rope.rotation(layout.positions, self.head_width, dtype)
         old = self._read_memory(stm, groups.slots, present, gates)
         queries = normed(self.norm, old, present).flatten(1, 2)

@@ -15,9 +15,8 @@ import torch
 from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.config.run import COMPONENTS
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
-from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.model import Memory, RxTModel
-from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK, NEVER, Term, aux_weight
+from rxt_dist.stages.base import NEVER, Term, aux_weight
 from rxt_dist.stages.lane_stage import LaneStageModule, Sums, add_sums
 
 
@@ -42,7 +41,7 @@ class SmatModule(LaneStageModule):
 
     def decode(self, stm: torch.Tensor, at: LaneInteractions) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [N, D] of interaction ``at`` read with ``stm`` [L, b, S, D], and the balance sum."""
-        memory = Memory.of_stm(stm.to(self.decoder.lm_head.weight.dtype), at.layout)
+        memory = Memory.of_stm(stm.to(self.weight_dtype), at.layout)
         output = self.call("decoder", at.tokens, at.layout, memory)
         return output.hidden, output.aux_sum
 
@@ -53,10 +52,8 @@ class SmatModule(LaneStageModule):
         assert before is not None
         stm, gates = self.write(self.with_resets(stm, at), before)
         hidden, balance = self.decode(stm, at)
-        head = self.decoder.lm_head
-        weight, bias = (p if self.trains("decoder") else p.detach() for p in (head.weight, head.bias))
         rows = hidden.index_select(0, at.next_index)
-        loss, correct = linear_cross_entropy(rows, weight, bias, at.next_targets, CROSS_ENTROPY_CHUNK)
+        loss, correct = self.call("decoder.lm_head", rows, at.next_targets)
         return stm, gates, (loss, correct, balance)
 
     def run(
