@@ -178,7 +178,7 @@ def measure(config: RunConfig, index: int, world: World, arguments: argparse.Nam
         torch.cuda.reset_peak_memory_stats(world.device)
     mesh = Mesh(world.size, config.parallel.tensor_size, config.parallel.expert_size)
     model = build_model(config.model, config.seed, lambda whole: parallelize(whole, mesh, world.rank))
-    module = build_stage(model, config, stage).to(world.device)
+    module = build_stage(model, config, stage)
     settings = deepspeed_config(
         config,
         stage,

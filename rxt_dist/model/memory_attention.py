@@ -81,12 +81,12 @@ class StackedAttention(Stacked):
     def __init__(self, layers: int, width: int, head_width: int, config: AttentionConfig) -> None:
         super().__init__()
         query, kv = config.query_heads * head_width, config.kv_heads * head_width
-        self.head_width = head_width
+        self.head_width, self.inner = head_width, max(query, kv)
         self.q = StackedLinear(layers, width, query, bias=False)
         self.k = StackedLinear(layers, width, kv, bias=False)
         self.v = StackedLinear(layers, width, kv, bias=False)
-        self.out = StackedLinear(layers, max(query, kv), width, bias=config.output_bias)
-        self.gate = StackedLinear(layers, width, max(query, kv), bias=False) if config.gated else None
+        self.out = StackedLinear(layers, self.inner, width, bias=config.output_bias)
+        self.gate = StackedLinear(layers, width, self.inner, bias=False) if config.gated else None
         self.query_norm = StackedRMSNorm(layers, head_width) if config.qk_norm else None
         self.key_norm = StackedRMSNorm(layers, head_width) if config.qk_norm else None
 
@@ -107,7 +107,7 @@ class StackedAttention(Stacked):
         if rotation is not None:
             k = rotation.apply_one_sided(k)
         heads = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout, causal=False)
-        joined = heads.flatten(-2).unflatten(0, queries.shape[:2])
+        joined = heads.flatten(-2).view(*queries.shape[:2], self.inner)
         if self.gate is not None:
             joined = joined * torch.sigmoid(self.gate(queries))
         projected: torch.Tensor = self.out(joined)

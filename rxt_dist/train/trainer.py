@@ -18,6 +18,7 @@ from rxt_dist.config import RunConfig, StageConfig, deepspeed_config, stage_opti
 from rxt_dist.errors import TrainingError
 from rxt_dist.interchange.native import NativeReader
 from rxt_dist.model import build_model
+from rxt_dist.model.model import empty_model
 from rxt_dist.observe.metrics import TrainState
 from rxt_dist.parallel.bootstrap import World
 from rxt_dist.parallel.mesh import Mesh
@@ -132,7 +133,6 @@ class Trainer:
             if missing:
                 logger.warning("%s: %d tensors start fresh (%s, ...)", reader.path, len(missing), missing[0])
         module = build_stage(model, config, stage)
-        module.to(world.device)
         optimizer = stage_optimizer(config, stage)
         fused = world.device.type == "cuda"
         settings = deepspeed_config(config, stage, dp_size=world.size, optimizer=optimizer, fused=fused)
@@ -269,7 +269,9 @@ class Trainer:
     def _evaluate(self, engine: StageEngine, stage: StageConfig, held_out: Pieces) -> None:
         self._callbacks.on_state(TrainState.EVALUATING)
         started = time.perf_counter()
-        results = evaluate_stage(engine.module, held_out, self._config, stage, self._world, self._tokenizer)
+        config = self._config
+        module = engine.whole_module(lambda: build_stage(empty_model(config.model), config, stage))
+        results = evaluate_stage(module, held_out, config, stage, self._world, self._tokenizer)
         record = {
             "step": self._position.step,
             "stage": stage.name,

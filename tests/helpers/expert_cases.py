@@ -26,7 +26,7 @@ from helpers.lanes import (
     windows,
 )
 
-from rxt_dist.checkpoint.fragments import canonical_parts
+from rxt_dist.checkpoint.fragments import CanonicalPart, canonical_parts
 from rxt_dist.config import RunConfig, load_config
 from rxt_dist.data.batch import MaskPlan, TextBatch, build_text_batch
 from rxt_dist.data.order import Pack
@@ -51,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no bias": {"bias": "off"},
     "eight experts": {"num_experts": 8, "top_k": 3},
 }
+CUT_EVERYTHING = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance")
 STAGES = {
     "joint_lm": f"{{name: joint_lm, steps: {STEPS}}}",
     "smat": f"{{name: smat, steps: {STEPS}}}",
@@ -70,6 +71,8 @@ class Case(NamedTuple):
     accumulation: int = 1
     variant: str = "shared expert"
     recompute: str = "none"
+    settings: tuple[tuple[str, Any], ...] = ()
+    """Other settings of the run."""
 
     def config(self) -> RunConfig:
         micro = UNITS // (self.world * self.accumulation)
@@ -86,7 +89,10 @@ class Case(NamedTuple):
             "runtime.recompute": self.recompute,
             "optimizer": f"{{clip_norm: {CLIP}, schedule: constant}}",
             **{f"model.decoder.moe.{name}": value for name, value in VARIANTS[self.variant].items()},
+            **dict(self.settings),
         }
+        if self.zero == 3:  # every parameter of so small a model would stay whole
+            values |= {f"deepspeed.zero_optimization.{name}": 0 for name in CUT_EVERYTHING}
         return load_config("tiny", [f"{name}={value}" for name, value in values.items()], require_data=False)
 
 
@@ -183,6 +189,7 @@ def run_on_ranks(folder: Path, cases: list[tuple[int, Case]]) -> None:
 
 def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, Any]:
     config = case.config()
+    parts = canonical_parts(model)  # while weights are whole
     engine = start_engine(config, model, {"optimizer": OPTIMIZERS[optimizer]})
     rate = OPTIMIZERS[optimizer]["params"]["lr"]
     share = UNITS // case.world
@@ -198,9 +205,9 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
                 first = batch.first_lane - rank * share
                 columns = slice(first, first + len(batch.lanes))
             loss, metrics, carried = engine.forward(batch, counts, stm[:, columns])
-            engine.engine.backward(loss, scale_wrt_gas=False)
+            engine.backward(loss)
             if index == len(batches) - 1:
-                found["gradients"].append(_gradients(engine, model))
+                found["gradients"].append(_gradients(engine, model, parts))
             engine.engine.step()
             if carried is not None:
                 stm[:, columns] = carried
@@ -215,16 +222,21 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
     return found
 
 
-def _gradients(engine: StageEngine, model: RxTModel) -> dict[str, torch.Tensor]:
+def _gradients(engine: StageEngine, model: RxTModel, parts_of: dict[str, list[CanonicalPart]]) -> dict[str, Any]:
     """Reduced gradients before clipping, by canonical name with the place in the whole tensor."""
-    trained = {id(p) for group in engine.engine.optimizer.bit16_groups for p in group}
+    from deepspeed.utils import safe_get_full_grad
+
+    zero = engine.engine.optimizer
+    cut = hasattr(zero, "fp16_groups")
+    trained = {id(p) for group in (zero.fp16_groups if cut else zero.bit16_groups) for p in group}
     found = {}
-    for name, parts in canonical_parts(model).items():
+    for name, parts in parts_of.items():
         parameter = model.get_parameter(name)
-        if id(parameter) in trained:
-            flat = parameter.get_full_hp_grad().view(-1)  # type: ignore[attr-defined]
-            for part in parts:
-                found[part.name] = (part.offset, part.of(flat).clone())
+        if id(parameter) not in trained:
+            continue
+        flat = (safe_get_full_grad(parameter) if cut else parameter.get_full_hp_grad()).view(-1)
+        for part in parts:
+            found[part.name] = (part.offset, part.of(flat).clone())
     return found
 
 
