@@ -89,10 +89,10 @@ class Case(NamedTuple):
             "runtime.recompute": self.recompute,
             "optimizer": f"{{clip_norm: {CLIP}, schedule: constant}}",
             **{f"model.decoder.moe.{name}": value for name, value in VARIANTS[self.variant].items()},
-            **dict(self.settings),
         }
         if self.zero == 3:  # every parameter of so small a model would stay whole
             values |= {f"deepspeed.zero_optimization.{name}": 0 for name in CUT_EVERYTHING}
+        values |= dict(self.settings)
         return load_config("tiny", [f"{name}={value}" for name, value in values.items()], require_data=False)
 
 
@@ -111,10 +111,11 @@ class Pieces:
         return np.concatenate([self.read(piece).tokens for piece in pieces.tolist()])
 
 
-def text_batch(packs: range, step: int) -> TextBatch:
-    """Packs of one piece each; those of the second half have no masked token."""
+def text_batch(case: Case, packs: range, step: int) -> TextBatch:
+    """Packs of one piece each; where a step has several batches, the second half has no masked token."""
+    masked = packs.start < UNITS // 2 or case.world * case.accumulation == 1
     pack = Pack(np.array(packs, dtype=np.int64), np.full(len(packs), step, dtype=np.int64))
-    return build_text_batch(Pieces(), pack, MaskPlan(77, 0.5 if packs.start < UNITS // 2 else 1e-12), MASK_ID)
+    return build_text_batch(Pieces(), pack, MaskPlan(77, 0.5 if masked else 1e-12), MASK_ID)
 
 
 def conversations(case: Case) -> MemoryPieces:
@@ -157,13 +158,13 @@ def text_steps(case: Case, engine: StageEngine, rank: int) -> Iterator[list[tupl
     share = UNITS // case.world
     size = share // case.accumulation
     for step in range(STEPS):
-        packs = [text_batch(range(unit, unit + 1), step) for unit in range(UNITS)]
+        packs = [text_batch(case, range(unit, unit + 1), step) for unit in range(UNITS)]
         counts: dict[str, int] = {}
         for pack in packs:
             for name, count in engine.module.local_counts(pack).items():
                 counts[name] = counts.get(name, 0) + count
         own = range(rank * share, (rank + 1) * share, size)
-        yield [(text_batch(range(first, first + size), step), counts) for first in own]
+        yield [(text_batch(case, range(first, first + size), step), counts) for first in own]
 
 
 def lane_steps(case: Case, rank: int) -> Iterator[list[tuple[Any, dict[str, int]]]]:
@@ -222,7 +223,9 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
     return found
 
 
-def _gradients(engine: StageEngine, model: RxTModel, parts_of: dict[str, list[CanonicalPart]]) -> dict[str, Any]:
+def _gradients(
+    engine: StageEngine, model: RxTModel, parts_of: dict[str, list[CanonicalPart]]
+) -> dict[str, Any]:
     """Reduced gradients before clipping, by canonical name with the place in the whole tensor."""
     from deepspeed.utils import safe_get_full_grad
 
@@ -279,7 +282,7 @@ class Plain:
 
     def loss(self, number: int) -> torch.Tensor:
         if self.case.stage == "joint_lm":
-            packs = [text_batch(range(unit, unit + 1), number) for unit in range(UNITS)]
+            packs = [text_batch(self.case, range(unit, unit + 1), number) for unit in range(UNITS)]
             return naive.loss(naive.means(self.model, packs), self.config, 0)
         return self._lane_loss(number)
 
