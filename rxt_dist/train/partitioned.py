@@ -41,8 +41,8 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 
 
 def drop_weights(module: nn.Module) -> None:
-    """Let go of weights and optimizer when an engine has ended: DeepSpeed keeps ``module`` in global variables
-    and caches, and it would keep them."""
+    """Let go of weights and optimizer of an engine that has ended: DeepSpeed keeps ``module`` in global
+    variables and caches, and ``module`` would keep them."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
     FWD_MODULE_STACK.clear()
