@@ -52,7 +52,6 @@ _OPEN_ZERO_KEYS = (
 changes where a parameter lies in the shards, or what a gradient is rounded to, must not be set."""
 
 _FIXED_LOSS = "fixed, the loss is divided by the token counts of the whole step; remove it"
-_NOT_SUPPORTED = "not supported; remove it"
 
 _OWNED_KEYS = {
     "train_batch_size": "set batch.packs instead",
@@ -124,6 +123,15 @@ def expert_override_problems(overrides: Mapping[str, Any]) -> list[Problem]:
         for key in ("contiguous_gradients", "reduce_scatter")
         if zero.get(key) is False
     ]
+
+
+def cut_override_problems(overrides: Mapping[str, Any]) -> list[Problem]:
+    """What in a run's ``deepspeed`` block does not go with weights that are cut over ranks."""
+    zero = overrides.get("zero_optimization")
+    if not isinstance(zero, Mapping):
+        return []
+    keys = [key for key in ("contiguous_gradients", "reduce_scatter") if key in zero]
+    return [Problem(f"zero_optimization.{key}", "cannot be set with zero.stage 3; remove it") for key in keys]
 
 
 def deepspeed_config(

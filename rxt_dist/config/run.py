@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from rxt_dist.config.base import Problem, Section, divisors, listed, report
-from rxt_dist.config.deepspeed import expert_override_problems, override_problems
+from rxt_dist.config.deepspeed import cut_override_problems, expert_override_problems, override_problems
 from rxt_dist.config.model import ModelConfig
 
 # A YAML text is a path and a YAML list is a pair; nothing else is converted.
@@ -424,6 +424,7 @@ class RunConfig(Section):
     def _engine_problems(self) -> list[Problem]:
         problems = [problem.under("deepspeed") for problem in override_problems(self.deepspeed)]
         if self.zero.stage == 3:
+            problems += [problem.under("deepspeed") for problem in cut_override_problems(self.deepspeed)]
             for field in ("expert_size", "tensor_size"):
                 if (size := getattr(self.parallel, field)) > 1:
                     valid = f"parallel.{field} is {size} and needs whole weights; valid: 1, 2"

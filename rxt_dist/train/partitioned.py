@@ -20,7 +20,10 @@ def cut_weights(module: nn.Module, settings: Mapping[str, Any], device: torch.de
     One parameter at a time is whole on the device, so the module may be larger than its memory.
     """
     import deepspeed
+    from deepspeed.runtime.zero import utils
 
+    # It warns of results that are no tensors; those modules of ours have no parameters of their own.
+    utils.warned = True
     module.to(torch.bfloat16 if settings.get("bf16", {}).get("enabled") else torch.float32)
     deepspeed.zero.Init(module=module, config_dict_or_path=dict(settings))
     for buffer in module.buffers():

@@ -210,6 +210,13 @@ class TestOverrides:
         with pytest.raises(ConfigError, match=r"did you mean sub_group_size\?$"):
             tiny("deepspeed={zero_optimization: {sub_group_sizes: 1}}")
 
+    @pytest.mark.parametrize("key", ["contiguous_gradients", "reduce_scatter"])
+    def test_gradients_of_cut_weights_are_reduced_in_one_way(self, key: str) -> None:
+        block = f"deepspeed={{zero_optimization: {{{key}: true}}}}"
+        tiny(block)
+        with pytest.raises(ConfigError, match=rf"{key}: cannot be set with zero\.stage 3; remove it$"):
+            tiny(block, "zero.stage=3")
+
     @pytest.mark.parametrize("field", ["expert_size", "tensor_size"])
     def test_weights_are_cut_on_a_plain_mesh_only(self, field: str) -> None:
         with pytest.raises(ConfigError) as caught:
