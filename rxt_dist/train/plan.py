@@ -40,6 +40,7 @@ _PARTITION_ALIGNMENT = 2  # elements; ZeRO pads every group to a multiple of thi
 # DeepSpeed's own values of what a run can set in its `deepspeed` block.
 _MAX_LIVE_PARAMETERS = 1_000_000_000
 _MAX_REUSE_DISTANCE = 1_000_000_000
+_PREFETCH_BUCKET_SIZE = 50_000_000
 
 # Sizes do not depend on which ids the special tokens have.
 _ANY_TOKENS = SpecialTokens(pad=0, unk=1, bos=2, eos=3, mask=4, query=5, answer=6)
@@ -230,9 +231,13 @@ class _StagePlan:
         """Bytes that a rank sends in a step so that others have whole weights, with ZeRO 3."""
         ranks, gathered = self.mesh.dp_size, self._gathered()
         whole = sum(parameter.numel() for parameter in self._whole_parameters())
-        reuse = self.settings["zero_optimization"].get("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE)
+        zero = self.settings["zero_optimization"]
+        reuse = zero.get("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE)
+        ahead = zero.get("stage3_prefetch_bucket_size", _PREFETCH_BUCKET_SIZE)
         times = 1
-        if gathered > reuse:  # dropped after every use: each pass forward and backward gathers again
+        if gathered > max(
+            reuse, ahead
+        ):  # dropped after every use: each pass forward and backward gathers again
             passes = self.config.batch.window if self.stage.uses_lanes else 1
             recomputed = passes - 1 if self.config.runtime.recompute == "interaction" else 0
             times = 2 * passes + recomputed

@@ -51,7 +51,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no bias": {"bias": "off"},
     "eight experts": {"num_experts": 8, "top_k": 3},
 }
-CUT_EVERYTHING = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance")
+# So small a model would stay whole on every rank.
+CUT_EVERYTHING = (
+    "stage3_param_persistence_threshold",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+)
 STAGES = {
     "joint_lm": f"{{name: joint_lm, steps: {STEPS}}}",
     "smat": f"{{name: smat, steps: {STEPS}}}",
@@ -90,7 +95,7 @@ class Case(NamedTuple):
             "optimizer": f"{{clip_norm: {CLIP}, schedule: constant}}",
             **{f"model.decoder.moe.{name}": value for name, value in VARIANTS[self.variant].items()},
         }
-        if self.zero == 3:  # every parameter of so small a model would stay whole
+        if self.zero == 3:
             values |= {f"deepspeed.zero_optimization.{name}": 0 for name in CUT_EVERYTHING}
         values |= dict(self.settings)
         return load_config("tiny", [f"{name}={value}" for name, value in values.items()], require_data=False)
@@ -208,7 +213,7 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
             loss, metrics, carried = engine.forward(batch, counts, stm[:, columns])
             engine.backward(loss)
             if index == len(batches) - 1:
-                found["gradients"].append(_gradients(engine, model, parts))
+                found["gradients"].append(reduced_gradients(engine, model, parts))
             engine.engine.step()
             if carried is not None:
                 stm[:, columns] = carried
@@ -223,7 +228,7 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
     return found
 
 
-def _gradients(
+def reduced_gradients(
     engine: StageEngine, model: RxTModel, parts_of: dict[str, list[CanonicalPart]]
 ) -> dict[str, Any]:
     """Reduced gradients before clipping, by canonical name with the place in the whole tensor."""
