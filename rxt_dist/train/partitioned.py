@@ -24,7 +24,9 @@ def cut_weights(module: nn.Module, settings: Mapping[str, Any], device: torch.de
 
     # It warns of results that are no tensors; those modules of ours have no parameters of their own.
     utils.warned = True
-    module.to(torch.bfloat16 if settings.get("bf16", {}).get("enabled") else torch.float32)
+    dtype = torch.bfloat16 if settings.get("bf16", {}).get("enabled") else torch.float32
+    for parameter in module.parameters():  # buffers keep theirs, as with the other stages
+        parameter.data = parameter.data.to(dtype)
     deepspeed.zero.Init(module=module, config_dict_or_path=dict(settings))
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
