@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ CASES = {
     "window, recomputed": Case("smat", RANKS, 1, zero=3, recompute="interaction"),
     "window, weights kept": Case("smat", RANKS, 1, zero=3, settings=(KEPT,)),
 }
+
+
+QUICK = ("text", "window")
+PARAMETERS = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES]
+Measured = Callable[[str], list[dict[str, Any]]]
 
 
 @contextmanager
@@ -76,12 +82,13 @@ def gathered_storages(module: torch.nn.Module) -> Iterator[list[StorageWeakRef]]
         hook.remove()
 
 
-def measure(folder: Path) -> None:
-    """On every rank: for every case what the third step sent, and how many gathered weights outlive the
-    forward pass."""
+def measure(folder: Path, names: list[str]) -> None:
+    """On every rank: for every case of ``names`` what the third step sent, and how many gathered weights
+    outlive the forward pass."""
     join_deepspeed()
     rank, found = dist.get_rank(), {}
-    for name, case in CASES.items():
+    for name in names:
+        case = CASES[name]
         config = case.config()
         engine = start_engine(config, whole_model(case))
         stm = torch.zeros(2, 4, config.model.stm_size, 32)
@@ -100,28 +107,34 @@ def measure(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("measured")
-    assert run_function(RANKS, measure, folder) == [0] * RANKS
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """What the ranks found in a case; all quick or all slow cases share a launch."""
+
+    @cache
+    def launch(quick: bool) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("measured")
+        names = [name for name in CASES if (name in QUICK) == quick]
+        assert run_function(RANKS, measure, folder, names) == [0] * RANKS
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+    return lambda name: [found[name] for found in launch(name in QUICK)]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_plan_counts_what_ranks_send(measured: list[dict[str, Any]], name: str) -> None:
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_plan_counts_what_ranks_send(measured: Measured, name: str) -> None:
     config = CASES[name].config()
     assert isinstance(config.model.vocab_size, int)
     (stage,) = plan_run(config, RANKS, config.model.vocab_size)["stages"]
-    for found in measured:
-        sent = found[name]["sent"]
-        for kind, size in sent.items():
+    for found in measured(name):
+        for kind, size in found["sent"].items():
             assert stage["communication_bytes"][kind] == pytest.approx(size, rel=0.02), kind
 
 
-@pytest.mark.parametrize("name", ["text", "window"])
-def test_a_graph_does_not_keep_gathered_weights(measured: list[dict[str, Any]], name: str) -> None:
-    for found in measured:
-        assert found[name]["gathered"] > 50
-        assert found[name]["alive"] == 0
+@pytest.mark.parametrize("name", QUICK)
+def test_a_graph_does_not_keep_gathered_weights(measured: Measured, name: str) -> None:
+    for found in measured(name):
+        assert found["gathered"] > 50
+        assert found["alive"] == 0
 
 
 def check_evaluation_and_end(folder: Path) -> None:
