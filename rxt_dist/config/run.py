@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from rxt_dist.config.base import Problem, Section, divisors, listed, report
-from rxt_dist.config.deepspeed import expert_override_problems, override_problems
+from rxt_dist.config.deepspeed import cut_override_problems, expert_override_problems, override_problems
 from rxt_dist.config.model import ModelConfig
 
 # A YAML text is a path and a YAML list is a pair; nothing else is converted.
@@ -62,10 +62,14 @@ class ParallelConfig(Section):
 
 
 class ZeroConfig(Section):
-    """Sharding of optimizer state and gradients over the data-parallel ranks (DeepSpeed ZeRO)."""
+    """Sharding of optimizer state, gradients and weights over the data-parallel ranks (DeepSpeed ZeRO)."""
 
-    stage: int = Field(1, ge=1, le=2)
-    """1: optimizer state is sharded; 2: gradients too."""
+    stage: int = Field(1, ge=1, le=3)
+    """1: optimizer state is sharded; 2: gradients too; 3: weights too."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where optimizer state is kept and updated; none: on the device of the weights; cpu: in host memory."""
+    reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """In what gradients are summed over ranks; auto: the precision of the run."""
     reduce_bucket_size: int = Field(500_000_000, ge=1)
     """Gradient elements that are reduced together; larger is fewer messages and more memory."""
     overlap_comm: bool = True
@@ -357,7 +361,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     """The mesh."""
     zero: ZeroConfig = Field(default_factory=ZeroConfig)
-    """Sharding of optimizer state and gradients."""
+    """Sharding of optimizer state, gradients and weights."""
     data: DataConfig = Field(default_factory=DataConfig)
     """The datasets."""
     batch: BatchConfig
@@ -422,6 +426,12 @@ class RunConfig(Section):
 
     def _engine_problems(self) -> list[Problem]:
         problems = [problem.under("deepspeed") for problem in override_problems(self.deepspeed)]
+        if self.zero.stage == 3:
+            problems += [problem.under("deepspeed") for problem in cut_override_problems(self.deepspeed)]
+            for field in ("expert_size", "tensor_size"):
+                if (size := getattr(self.parallel, field)) > 1:
+                    valid = f"parallel.{field} is {size} and needs whole weights; valid: 1, 2"
+                    problems.append(Problem("zero.stage", f"found 3, but {valid}"))
         if self.parallel.expert_size > 1:
             problems += [problem.under("deepspeed") for problem in expert_override_problems(self.deepspeed)]
         backend = self.runtime.attention_backend

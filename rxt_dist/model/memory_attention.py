@@ -82,12 +82,12 @@ class StackedAttention(Stacked):
     def __init__(self, layers: int, width: int, head_width: int, config: AttentionConfig) -> None:
         super().__init__()
         query, kv = config.query_heads * head_width, config.kv_heads * head_width
-        self.head_width = head_width
+        self.head_width, self.inner = head_width, max(query, kv)
         self.q = StackedLinear(layers, width, query, bias=False)
         self.k = StackedLinear(layers, width, kv, bias=False)
         self.v = StackedLinear(layers, width, kv, bias=False)
-        self.out = StackedLinear(layers, max(query, kv), width, bias=config.output_bias)
-        self.gate = StackedLinear(layers, width, max(query, kv), bias=False) if config.gated else None
+        self.out = StackedLinear(layers, self.inner, width, bias=config.output_bias)
+        self.gate = StackedLinear(layers, width, self.inner, bias=False) if config.gated else None
         self.query_norm = StackedRMSNorm(layers, head_width) if config.qk_norm else None
         self.key_norm = StackedRMSNorm(layers, head_width) if config.qk_norm else None
 
@@ -101,14 +101,14 @@ class StackedAttention(Stacked):
         layout: AttentionLayout,
         rotation: Rotation | None = None,
     ) -> torch.Tensor:
-        queries, sources = queries.to(self.q.weight.dtype), sources.to(self.q.weight.dtype)
+        queries, sources = queries.to(self.dtype), sources.to(self.dtype)
         q, k, v = (self._heads(rows) for rows in (self.q(queries), self.k(sources), self.v(sources)))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
             k = rotation.apply_one_sided(k)
         heads = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout, causal=False)
-        joined = heads.flatten(-2).view(*queries.shape[:2], self.out.weight.shape[2])
+        joined = heads.flatten(-2).view(*queries.shape[:2], self.inner)
         if self.gate is not None:
             joined = joined * torch.sigmoid(self.gate(queries))
         projected: torch.Tensor = self.out(joined)
@@ -186,7 +186,7 @@ class MemoryAttention(nn.Module):
     ) -> torch.Tensor:
         self._check(stm, encoded, layout)
         groups = MemoryGroups.of(layout, self.layers, stm.shape[2])
-        dtype = self.attention.q.weight.dtype
+        dtype = self.attention.dtype
         rotation = self.rope.rotation(layout.positions, self.head_width, dtype)
         return self._write(stm, encoded, layout.sequence_ids, groups, rotation, present, gates)
 

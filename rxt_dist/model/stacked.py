@@ -18,6 +18,11 @@ class Stacked(nn.Module):
     # What makes the initialisation draw each entry along dimension 0 from a key of its own.
     first_expert = 0
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; asking a weight of a part would gather it, where weights are partitioned."""
+        return next(self.parameters()).dtype
+
 
 class StackedLinear(Stacked):
     """One linear map a layer.

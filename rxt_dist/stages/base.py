@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,6 @@ from rxt_dist.model import SequenceLayout
 from rxt_dist.randomness import derive_key, fold_in_tensor, signed_key
 from rxt_dist.stages.expert_statistics import count_loads, load_statistics
 
-CROSS_ENTROPY_CHUNK = 4096
 NEVER = math.inf
 """Start of a component that does not train in a stage at all."""
 
@@ -54,6 +54,8 @@ class StageModule(nn.Module, ABC):
         it is not listed, NEVER for one that is frozen throughout."""
         self.step = 0
         """The optimizer step of the stage that is computed now."""
+        self.zero_gradients = True
+        """Whether parameters that are still frozen get gradients of zero in training; the engine decides."""
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -83,6 +85,11 @@ class StageModule(nn.Module, ABC):
             if parameter.requires_grad:
                 groups.setdefault(int(starts[parameter]), []).append(parameter)
         return dict(sorted(groups.items()))
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """In what parameters are computed with."""
+        return next(self.parameters()).dtype
 
     def trains(self, component: str) -> bool:
         """Whether the parameters of ``component`` are updated in the present step."""
@@ -125,7 +132,7 @@ class StageModule(nn.Module, ABC):
         }
         loss = torch.stack([shares[name] * weight for name, weight in self.weights.items()]).sum()
         metrics = torch.stack([loss.detach(), *(share.detach() for share in shares.values())])
-        if any(self.step < start < NEVER for start in self.starts.values()):
+        if self.zero_gradients and any(self.step < start < NEVER for start in self.starts.values()):
             groups = self.parameter_groups().items()
             waiting = [parameter for start, group in groups if start > self.step for parameter in group]
             loss = _WithZeroGradients.apply(loss, *waiting)  # type: ignore[no-untyped-call]
@@ -137,12 +144,13 @@ class StageModule(nn.Module, ABC):
             parameter.requires_grad_(False)
 
     def call(self, component: str, *arguments: Any) -> Any:
-        """The result of a component, whose parameters get no gradient while it is frozen; its inputs do."""
+        """The result of a component, or of a part of it as ``decoder.lm_head``, whose parameters get no
+        gradient while the component is frozen; its inputs do."""
         module = self.get_submodule(component)
-        if self.trains(component) or not torch.is_grad_enabled():
+        if self.trains(component.partition(".")[0]) or not torch.is_grad_enabled():
             return module(*arguments)
-        constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
-        return torch.func.functional_call(module, constants, arguments)
+        with _constant(module):
+            return module(*arguments)
 
     def _parameter_starts(self) -> dict[nn.Parameter, float]:
         starts: dict[nn.Parameter, float] = {}
@@ -151,6 +159,20 @@ class StageModule(nn.Module, ABC):
                 start = self.starts.get(name, 0)
                 starts[parameter] = min(start, starts.get(parameter, NEVER))
         return starts
+
+
+@contextmanager
+def _constant(module: nn.Module) -> Iterator[None]:
+    """Inside, the parameters of ``module`` take no part in the graph. They stay what they are, so that an
+    engine that partitions them still finds them."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:  # recomputation stops early by an exception
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 class _WithZeroGradients(torch.autograd.Function):

@@ -15,9 +15,8 @@ import torch
 from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.config.run import COMPONENTS
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
-from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.model import DecoderOutput, Memory, RxTModel
-from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK, NEVER, Term, router_weights
+from rxt_dist.stages.base import NEVER, Term, router_weights
 from rxt_dist.stages.lane_stage import LaneStageModule, Sums, add_sums
 
 
@@ -42,7 +41,7 @@ class SmatModule(LaneStageModule):
 
     def decode(self, stm: torch.Tensor, at: LaneInteractions) -> DecoderOutput:
         """The decoder's output for interaction ``at`` read with ``stm`` [L, b, S, D]."""
-        memory = Memory.of_stm(stm.to(self.decoder.lm_head.weight.dtype), at.layout)
+        memory = Memory.of_stm(stm.to(self.weight_dtype), at.layout)
         output: DecoderOutput = self.call("decoder", at.tokens, at.layout, memory)
         return output
 
@@ -53,10 +52,8 @@ class SmatModule(LaneStageModule):
         assert before is not None
         stm, gates = self.write(self.with_resets(stm, at), before)
         output = self.decode(stm, at)
-        head = self.decoder.lm_head
-        weight, bias = (p if self.trains("decoder") else p.detach() for p in (head.weight, head.bias))
         rows = output.hidden.index_select(0, at.next_index)
-        loss, correct = linear_cross_entropy(rows, weight, bias, at.next_targets, CROSS_ENTROPY_CHUNK)
+        loss, correct = self.call("decoder.lm_head", rows, at.next_targets)
         return stm, gates, (loss, correct, output.aux_sum, output.z_sum)
 
     def run(

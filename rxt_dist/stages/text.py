@@ -13,16 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.data.batch import TextBatch
-from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.model import Memory, RxTModel, SequenceLayout
 from rxt_dist.model.stm import initial_stm
 from rxt_dist.randomness import normal_tensor, uniform_tensor
-from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK, StageModule, Term, layer_keys, router_weights, uses
+from rxt_dist.stages.base import StageModule, Term, layer_keys, router_weights, uses
 
 
 class TextStageModule(StageModule):
@@ -70,23 +68,13 @@ class TextStageModule(StageModule):
         layers = None
         if self.with_encoder:
             layers = self.encoder(batch.masked_tokens, batch.layout)
-            features = self.mlm_head(layers[-1][batch.masked_index])
-            loss, correct = linear_cross_entropy(
-                features, self.mlm_head.weight, self.mlm_head.bias, batch.masked_targets, CROSS_ENTROPY_CHUNK
-            )
+            loss, correct = self.mlm_head(layers[-1][batch.masked_index], batch.masked_targets)
             terms["mlm_loss"] = Term(loss, "masked")
             terms["mlm_accuracy"] = Term(correct, "masked")
         if self.with_decoder:
             memory = self.memory(layers, batch.layout, batch.token_keys)
             output = self.decoder(batch.tokens, batch.layout, memory)
-            head = self.decoder.lm_head
-            loss, correct = linear_cross_entropy(
-                output.hidden[batch.next_index],
-                head.weight,
-                head.bias,
-                batch.next_targets,
-                CROSS_ENTROPY_CHUNK,
-            )
+            loss, correct = self.decoder.lm_head(output.hidden[batch.next_index], batch.next_targets)
             terms["ar_loss"] = Term(loss, "next")
             terms["ar_accuracy"] = Term(correct, "next")
             if "aux_loss" in self.weights:
@@ -124,7 +112,8 @@ class TextStageModule(StageModule):
         layers = self.encoder(tokens, layout) if self.with_encoder else None
         output = self.decoder(tokens, layout, self.memory(layers, layout, None))
         last = layout.cu_seqlens[1:].long() - 1
-        return F.linear(output.hidden[last], self.decoder.lm_head.weight, self.decoder.lm_head.bias)
+        logits: torch.Tensor = self.decoder.lm_head(output.hidden[last])
+        return logits
 
     def _disturb(self, states: torch.Tensor, token_keys: torch.Tensor) -> torch.Tensor:
         stage = self.stage

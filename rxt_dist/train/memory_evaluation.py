@@ -22,11 +22,11 @@ from rxt_dist.config import RunConfig, SpecialTokens
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch, read_interactions
 from rxt_dist.data.order import Int64Array
 from rxt_dist.data.pieces import InteractionPieces
+from rxt_dist.model.heads import CROSS_ENTROPY_CHUNK
 from rxt_dist.parallel.bootstrap import World
 from rxt_dist.parallel.collectives import sum_over_ranks
 from rxt_dist.parallel.experts import uneven_passes
 from rxt_dist.randomness import derive_key
-from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK
 from rxt_dist.stages.lane_stage import LaneStageModule
 from rxt_dist.stages.memory_statistics import MemorySums
 from rxt_dist.stages.smat import SmatModule

@@ -18,9 +18,10 @@ from rxt_dist.config import RunConfig, StageConfig, stage_optimizer
 from rxt_dist.errors import TrainingError
 from rxt_dist.interchange.native import NativeReader
 from rxt_dist.model import RxTModel
+from rxt_dist.model.model import empty_model
 from rxt_dist.observe.metrics import TrainState
 from rxt_dist.parallel.bootstrap import World
-from rxt_dist.stages import Pieces, open_pieces
+from rxt_dist.stages import Pieces, build_stage, open_pieces
 from rxt_dist.train.build import build_engine
 from rxt_dist.train.callbacks import Callback
 from rxt_dist.train.engine import StageEngine
@@ -266,7 +267,9 @@ class Trainer:
     def _evaluate(self, engine: StageEngine, stage: StageConfig, held_out: Pieces) -> None:
         self._callbacks.on_state(TrainState.EVALUATING)
         started = time.perf_counter()
-        results = evaluate_stage(engine.module, held_out, self._config, stage, self._world, self._tokenizer)
+        config = self._config
+        module = engine.whole_module(lambda: build_stage(empty_model(config.model), config, stage))
+        results = evaluate_stage(module, held_out, config, stage, self._world, self._tokenizer)
         record = {
             "step": self._position.step,
             "stage": stage.name,

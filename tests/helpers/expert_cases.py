@@ -28,7 +28,7 @@ from helpers.lanes import (
     windows,
 )
 
-from rxt_dist.checkpoint.fragments import canonical_parts
+from rxt_dist.checkpoint.fragments import CanonicalPart, canonical_parts
 from rxt_dist.config import RunConfig, load_config
 from rxt_dist.data.batch import MaskPlan, TextBatch, build_text_batch
 from rxt_dist.data.order import Pack
@@ -64,6 +64,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "top_k": 1,
     },
 }
+# So small a model would stay whole on every rank.
+CUT_EVERYTHING = (
+    "stage3_param_persistence_threshold",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+)
 STAGES = {
     "joint_lm": f"{{name: joint_lm, steps: {STEPS}}}",
     "smat": f"{{name: smat, steps: {STEPS}}}",
@@ -83,6 +89,8 @@ class Case(NamedTuple):
     accumulation: int = 1
     variant: str = "shared expert"
     recompute: str = "none"
+    settings: tuple[tuple[str, Any], ...] = ()
+    """Other settings of the run."""
 
     def config(self) -> RunConfig:
         return _config(self)
@@ -105,6 +113,9 @@ def _config(case: Case) -> RunConfig:
         "optimizer": f"{{clip_norm: {CLIP}, schedule: constant}}",
         **{f"model.decoder.moe.{name}": value for name, value in VARIANTS[case.variant].items()},
     }
+    if case.zero == 3:
+        values |= {f"deepspeed.zero_optimization.{name}": 0 for name in CUT_EVERYTHING}
+    values |= dict(case.settings)
     return load_config("tiny", [f"{name}={value}" for name, value in values.items()], require_data=False)
 
 
@@ -123,10 +134,11 @@ class Pieces:
         return np.concatenate([self.read(piece).tokens for piece in pieces.tolist()])
 
 
-def text_batch(packs: range, step: int) -> TextBatch:
-    """Packs of one piece each; those of the second half have no masked token."""
+def text_batch(case: Case, packs: range, step: int) -> TextBatch:
+    """Packs of one piece each; where a step has several batches, the second half has no masked token."""
+    masked = packs.start < UNITS // 2 or case.world * case.accumulation == 1
     pack = Pack(np.array(packs, dtype=np.int64), np.full(len(packs), step, dtype=np.int64))
-    return build_text_batch(Pieces(), pack, MaskPlan(77, 0.5 if packs.start < UNITS // 2 else 1e-12), MASK_ID)
+    return build_text_batch(Pieces(), pack, MaskPlan(77, 0.5 if masked else 1e-12), MASK_ID)
 
 
 def conversations(case: Case) -> MemoryPieces:
@@ -172,13 +184,13 @@ def text_steps(case: Case, engine: StageEngine, rank: int) -> Iterator[list[tupl
     share = UNITS // case.world
     size = share // case.accumulation
     for step in range(STEPS):
-        packs = [text_batch(range(unit, unit + 1), step) for unit in range(UNITS)]
+        packs = [text_batch(case, range(unit, unit + 1), step) for unit in range(UNITS)]
         counts: dict[str, int] = {}
         for pack in packs:
             for name, count in engine.module.local_counts(pack).items():
                 counts[name] = counts.get(name, 0) + count
         own = range(rank * share, (rank + 1) * share, size)
-        yield [(text_batch(range(first, first + size), step), counts) for first in own]
+        yield [(text_batch(case, range(first, first + size), step), counts) for first in own]
 
 
 def lane_steps(case: Case, rank: int) -> Iterator[list[tuple[Any, dict[str, int]]]]:
@@ -197,11 +209,12 @@ def run_on_ranks(folder: Path, cases: list[tuple[int, Case, str]]) -> None:
     rank = dist.get_rank()
     for number, case, optimizer in cases:
         found = _train(case, model_of_rank(case, whole_model(case), rank), optimizer, rank)
-        torch.save(found, folder / f"{number}-{optimizer}-{rank}.pt")
+        torch.save(found, folder / f"{number}-{rank}.pt")
 
 
 def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, Any]:
     config = case.config()
+    parts = canonical_parts(model)  # while weights are whole
     engine = start_engine(config, model, {"optimizer": OPTIMIZERS[optimizer]})
     rate = OPTIMIZERS[optimizer]["params"]["lr"]
     share = UNITS // case.world
@@ -217,9 +230,9 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
                 first = batch.first_lane - rank * share
                 columns = slice(first, first + len(batch.lanes))
             loss, metrics, carried = engine.forward(batch, counts, stm[:, columns])
-            engine.engine.backward(loss, scale_wrt_gas=False)
+            engine.backward(loss)
             if index == len(batches) - 1:
-                found["gradients"].append(_gradients(engine, model))
+                found["gradients"].append(reduced_gradients(engine, model, parts))
             engine.engine.step()
             if carried is not None:
                 stm[:, columns] = carried
@@ -236,16 +249,23 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
     return found
 
 
-def _gradients(engine: StageEngine, model: RxTModel) -> dict[str, torch.Tensor]:
+def reduced_gradients(
+    engine: StageEngine, model: RxTModel, parts_of: dict[str, list[CanonicalPart]]
+) -> dict[str, Any]:
     """Reduced gradients before clipping, by canonical name with the place in the whole tensor."""
-    trained = {id(p) for group in engine.engine.optimizer.bit16_groups for p in group}
+    from deepspeed.utils import safe_get_full_grad
+
+    zero = engine.engine.optimizer
+    cut = hasattr(zero, "fp16_groups")
+    trained = {id(p) for group in (zero.fp16_groups if cut else zero.bit16_groups) for p in group}
     found = {}
-    parts = canonical_parts(model)
-    for name, parameter in model.named_parameters():
-        if id(parameter) in trained:
-            flat = parameter.get_full_hp_grad().view(-1)  # type: ignore[attr-defined]
-            for part in parts[name]:
-                found[part.name] = (part.offset, part.of(flat).clone())
+    for name, parts in parts_of.items():
+        parameter = model.get_parameter(name)
+        if id(parameter) not in trained:
+            continue
+        flat = (safe_get_full_grad(parameter) if cut else parameter.get_full_hp_grad()).view(-1)
+        for part in parts:
+            found[part.name] = (part.offset, part.of(flat).clone())
     return found
 
 
@@ -326,7 +346,7 @@ class Plain:
         for router in self.routers:
             router.logits.clear()
         if self.case.stage == "joint_lm":
-            packs = [text_batch(range(unit, unit + 1), number) for unit in range(UNITS)]
+            packs = [text_batch(self.case, range(unit, unit + 1), number) for unit in range(UNITS)]
             values = naive.means(self.model, packs)
         else:
             values = self._lane_means(number)

@@ -35,6 +35,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     for stage, zero, precision in zip(STAGES, (1, 2, 1), ("fp32", "bf16", "bf16"), strict=True)
 ]
 CASES += [(stage, {"parallel.expert_size": 2, "zero.stage": 2}) for stage in STAGES]
+SMALL_ONES = "deepspeed.zero_optimization.stage3_param_persistence_threshold"
+CASES += [
+    (STAGES[0], {"zero.stage": 3, SMALL_ONES: 0, "zero.offload_optimizer": "cpu"}),
+    (STAGES[1], {"zero.stage": 3, SMALL_ONES: 700, "precision": "bf16"}),
+    (STAGES[2], {"zero.stage": 3, "deepspeed.zero_optimization.stage3_model_persistence_threshold": 5000}),
+    (STAGES[2], {"zero.stage": 2, "zero.offload_optimizer": "cpu", "precision": "bf16"}),
+]
 
 
 def overrides(stage: str, own: dict[str, Any]) -> list[str]:
@@ -72,7 +79,7 @@ def test_weights_and_optimizer_state_are_those_of_real_engines(
             options = [part for one in overrides(stage, own) for part in ("--set", one)]
             (planned,) = plan("--config", "tiny", "--world-size", "2", *options, capsys=capsys)["stages"]
             assert {name: planned["memory_bytes"][name] for name in found} == found, (stage, rank)
-            assert found["optimizer"] > 0
+            assert found["optimizer"] + found["host_optimizer"] > 0
 
 
 def test_gradients_lanes_and_communication_by_hand() -> None:
@@ -176,7 +183,8 @@ def test_without_a_vocabulary_embedding_and_heads_are_left_out(capsys: pytest.Ca
         (["--config", "nope", "--world-size", "1"], "nope"),
         (["--config", "tiny", "--world-size", "2", "--set", "parallel.tensor_size=2"],
          "parallel.tensor_size: found 2; valid: 1"),
-        (["--config", "tiny", "--world-size", "2", "--set", "zero.stage=3"], "zero.stage: found 3"),
+        (["--config", "tiny", "--world-size", "2", "--set", "zero.stage=3",
+          "--set", "parallel.expert_size=2"], "zero.stage: found 3, but parallel.expert_size is 2"),
         (["--config", "tiny", "--world-size", "2", "--set", "batch.lanes=3"], "batch.lanes (3)"),
         (["--model", "tiny", "--vocab-size", "90", "--world-size", "2"], "belong to --config"),
         (["--model", "tiny", "--vocab-size", "90", "--set", "seed=1"], "belong to --config"),

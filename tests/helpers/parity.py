@@ -1,0 +1,123 @@
+"""What engines on many ranks found, compared with autograd in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.expert_cases import CLIP, STEPS, Case, Plain, run_on_ranks
+from helpers.launch import run_function
+
+from rxt_dist.model.canonical import named_tensors
+
+TOLERANCE = 1e-5
+LAUNCH_SECONDS = 900.0
+
+Results = Callable[[Case, str], list[dict[str, Any]]]
+
+
+def results_of(
+    members: list[tuple[Case, str]], slow: list[Case], tmp_path_factory: pytest.TempPathFactory
+) -> Results:
+    """What every rank found in a case trained with an optimizer; all quick or all slow ones of a world size
+    share a launch."""
+
+    @cache
+    def launch(world: int, is_slow: bool) -> Path:
+        folder = tmp_path_factory.mktemp("ranks")
+        own = [
+            (number, case, optimizer)
+            for number, (case, optimizer) in enumerate(members)
+            if case.world == world and (case in slow) == is_slow
+        ]
+        assert run_function(world, run_on_ranks, folder, own, timeout=LAUNCH_SECONDS) == [0] * world
+        return folder
+
+    def found(case: Case, optimizer: str) -> list[dict[str, Any]]:
+        folder = launch(case.world, case in slow)
+        names = [f"{members.index((case, optimizer))}-{rank}.pt" for rank in range(case.world)]
+        return [torch.load(folder / name, weights_only=True) for name in names]
+
+    return found
+
+
+def joined(shapes: dict[str, list[int]], fragments: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    """Whole tensors of the fragments of all ranks; every element must be there once."""
+    found = {}
+    for name, shape in shapes.items():
+        numel = int(torch.Size(shape).numel())
+        values, times = torch.full((numel,), torch.nan), torch.zeros(numel)
+        for own in fragments:
+            if f"{kind}.{name}" in own:
+                whole, offset, part = own[f"{kind}.{name}"]
+                assert whole == numel
+                values[offset : offset + len(part)] = part
+                times[offset : offset + len(part)] += 1
+        if times.any():
+            assert bool((times == 1).all()), (kind, name)
+            found[name] = values
+    return found
+
+
+def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    scale = theirs.abs().max()
+    return float((ours - theirs).abs().max() / scale) if scale else float(ours.abs().max())
+
+
+def assert_gradients(ranks: list[dict[str, Any]], number: int, expected: dict[str, torch.Tensor]) -> None:
+    for rank, found in enumerate(ranks):
+        own = found["gradients"][number]
+        assert expected.keys() <= own.keys()
+        for name, (offset, values) in own.items():
+            if name not in expected:  # frozen for now
+                assert not values.any(), name
+                continue
+            theirs = expected[name]
+            scale = theirs.abs().max()
+            difference = (values - theirs[offset : offset + len(values)]).abs().max()
+            assert difference <= TOLERANCE * scale, (rank, number, name, float(difference / scale))
+
+
+def assert_one_process(case: Case, optimizer: str, ranks: list[dict[str, Any]]) -> None:
+    """Loss, gradients before clipping, norm, weights and first moments are those of autograd in a process."""
+    plain = Plain(case, optimizer)
+    clipped = False
+    for number in range(STEPS):
+        loss, norm, gradients = plain.step(number)
+        assert sum(found["loss"][number] for found in ranks) == pytest.approx(loss, rel=TOLERANCE)
+        for found in ranks:
+            assert found["norm"][number] == pytest.approx(norm, rel=TOLERANCE)
+        assert_gradients(ranks, number, plain.canonical(gradients))
+        clipped |= norm > CLIP
+    assert clipped
+    assert plain.margin >= 1e-4, plain.margin
+    assert plain.unused == ("unused" in case.variant)
+
+    shapes, fragments = ranks[0]["shapes"], [found["fragments"] for found in ranks]
+    weights = joined(shapes, fragments, "weight")
+    expected = plain.canonical({name: p.detach() for name, p in named_tensors(plain.model).items()})
+    assert weights.keys() == expected.keys()
+    errors = {name: error(values, expected[name]) for name, values in weights.items()}
+    assert max(errors.values()) <= TOLERANCE, max(errors.items(), key=lambda item: item[1])
+    for found in ranks:
+        for name, buffer in found["buffers"].items():
+            assert torch.equal(buffer, plain.model.get_buffer(name)), name
+    shares = joined({one.name: [len(one.shares)] for one in plain.routers}, fragments, "load_share")
+    assert bool(shares) == ("switch" in case.variant)
+    for one in plain.routers if shares else []:
+        torch.testing.assert_close(shares[one.name], torch.tensor(one.shares))
+    if optimizer == "AdamW":
+        moments = joined(shapes, fragments, "exp_avg")
+        states = {
+            name: plain.optimizers[start].state[parameter]["exp_avg"]
+            for start, group in plain.groups().items()
+            if start in plain.optimizers
+            for name, parameter in group.items()
+        }
+        wanted = plain.canonical(states)
+        assert moments.keys() == wanted.keys()
+        assert max(error(moments[name], values) for name, values in wanted.items()) <= TOLERANCE
