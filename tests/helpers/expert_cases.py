@@ -161,7 +161,7 @@ def whole_model(case: Case) -> RxTModel:
                 rows = moe.router.proj.weight
                 rows.mul_(6)
                 if moe.router.selection_bias is not None:
-                    moe.router.selection_bias.normal_(std=0.05, generator=generator)
+                    moe.router.selection_bias.normal_(std=0.08, generator=generator)
                 if "unused" in case.variant:
                     rows[-1] = rows[:-1].mean(0)  # the mean of all others is never above them all
     return model

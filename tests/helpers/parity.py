@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.expert_cases import CLIP, STEPS, Case, Plain, run_on_ranks
+from helpers.expert_cases import CLIP, STEPS, VARIANTS, Case, Plain, run_on_ranks
 from helpers.launch import run_function
 
 from rxt_dist.model.canonical import named_tensors
@@ -94,7 +94,9 @@ def assert_one_process(case: Case, optimizer: str, ranks: list[dict[str, Any]]) 
         assert_gradients(ranks, number, plain.canonical(gradients))
         clipped |= norm > CLIP
     assert clipped
-    assert plain.margin >= 1e-4, plain.margin
+    # Of logits, or with a selection bias of probabilities, which are smaller and as much more exact.
+    moves = "bias_update_rate" in VARIANTS[case.variant]
+    assert plain.margin >= (2e-5 if moves else 1e-4), plain.margin
     assert plain.unused == ("unused" in case.variant)
 
     shapes, fragments = ranks[0]["shapes"], [found["fragments"] for found in ranks]
