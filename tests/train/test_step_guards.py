@@ -34,8 +34,7 @@ compiles = pytest.mark.skipif(
 )
 COMPILE = "runtime.compile=true"
 BOUND = 0.01
-"""Losses of eager and compiled steps may differ by bf16's roundings, of which there are thousands in a step: by
-1 % at most within 20 updates."""
+"""Losses of eager and compiled steps may differ by bf16's roundings: by 1 % at most within 20 updates."""
 
 
 def waits(device: torch.device, folder: Path, *overrides: str) -> dict[str, list[str]]:
