@@ -20,7 +20,7 @@ from rxt_dist.files import fsync_folder, write_synced
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 FORMAT_VERSION = 1
-_MAX_MANIFEST_BYTES = 256 << 20
+MAX_MANIFEST_BYTES = 256 << 20
 
 Kind = Literal["text", "conversations"]
 Split = Literal["train", "val"]
@@ -172,32 +172,43 @@ def load_manifest(folder: Path) -> Manifest:
         DataError: no such folder or manifest, not JSON, an unknown version, wrong fields, or a
             fingerprint that does not match the content.
     """
+    return read_manifest(folder)[0]
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, str]:
+    """Like :func:`load_manifest`, with the SHA-256 of the file."""
     path = folder / MANIFEST_FILE
     if not folder.is_dir():
         raise DataError(f"{folder} is not a dataset: no such folder")
     if not path.is_file():
         raise DataError(f"{folder} has no {MANIFEST_FILE}: it is not a dataset, or an incomplete one")
-    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise DataError(
-            f"{path} has {path.stat().st_size} bytes; a manifest has at most {_MAX_MANIFEST_BYTES}"
+            f"{path} has {path.stat().st_size} bytes; a manifest has at most {MAX_MANIFEST_BYTES}"
         )
+    data = path.read_bytes()
+    return parse_manifest(data, str(path)), hashlib.sha256(data).hexdigest()
+
+
+def parse_manifest(data: bytes, name: str) -> Manifest:
+    """A manifest from the content of its file, which messages call ``name``; see :func:`load_manifest`."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: not JSON ({error})") from error
+        raise DataError(f"{name} is damaged: not JSON ({error})") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{path} has format_version {version!r}; this version of rxt-dist reads {FORMAT_VERSION}"
+            f"{name} has format_version {version!r}; this version of rxt-dist reads {FORMAT_VERSION}"
         )
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path} is damaged: {field}: {first['msg']}") from error
+        raise DataError(f"{name} is damaged: {field}: {first['msg']}") from error
     if manifest.fingerprint != fingerprint_of(manifest):
-        raise DataError(f"{path} is damaged: its fingerprint does not match its content")
+        raise DataError(f"{name} is damaged: its fingerprint does not match its content")
     return manifest
 
 

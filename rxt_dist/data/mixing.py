@@ -40,7 +40,7 @@ class MixedPieces:
         for part in parts[1:]:
             if part.dataset.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
                 raise DataError(
-                    f"{part.dataset.folder} was not made with the tokenizer of {first.folder}; datasets that "
+                    f"{part.dataset.name} was not made with the tokenizer of {first.name}; datasets that "
                     "are mixed must share one"
                 )
         self.parts = list(parts)

@@ -76,9 +76,9 @@ class _Pieces(ABC):
     def __init__(self, dataset: Dataset, kind: Kind, seq_len: int) -> None:
         unit = {"text": "documents", "conversations": "conversations"}
         if dataset.kind != kind:
-            raise DataError(f"{dataset.folder} holds {dataset.kind}, this stage needs {kind}")
+            raise DataError(f"{dataset.name} holds {dataset.kind}, this stage needs {kind}")
         if dataset.num_documents == 0:
-            raise DataError(f"{dataset.folder} has no {dataset.split} {unit[kind]}")
+            raise DataError(f"{dataset.name} has no {dataset.split} {unit[kind]}")
         self.dataset = dataset
         self.seq_len = seq_len
         self.lengths: Int32Array
@@ -180,7 +180,7 @@ class InteractionPieces(_Pieces):
         if self.truncated:
             logger.warning(
                 "%s: %d of %d %s interactions are longer than seq_len %d and are cut",
-                dataset.folder,
+                dataset.name,
                 self.truncated,
                 len(self.lengths),
                 dataset.split,

@@ -253,13 +253,13 @@ def _report_prompts(source: InteractionPieces, stage: StageConfig) -> None:
         logger.warning(
             "%s: %d train conversations have a system prompt that is not read; set system_prompts: true in "
             "stage smat to write it into their memory",
-            source.dataset.folder,
+            source.dataset.name,
             count,
         )
     elif stage.system_prompts and cut:
         logger.warning(
             "%s: %d of %d train system prompts are longer than seq_len %d and are cut",
-            source.dataset.folder,
+            source.dataset.name,
             cut,
             count,
             source.seq_len,

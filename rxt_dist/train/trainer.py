@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from rxt_dist.checkpoint import CheckpointReader, TrainerState, save_checkpoint
 from rxt_dist.config import RunConfig, StageConfig, deepspeed_config, stage_optimizer
+from rxt_dist.data.store import DatasetStore
 from rxt_dist.errors import TrainingError
 from rxt_dist.interchange.native import NativeReader
 from rxt_dist.model import build_model
@@ -56,6 +57,7 @@ class Trainer:
         self,
         config: RunConfig,
         world: World,
+        store: DatasetStore,
         tokenizer: Tokenizer,
         callbacks: Callback,
         *,
@@ -64,6 +66,7 @@ class Trainer:
     ) -> None:
         self._config = config
         self._world = world
+        self._store = store
         self._tokenizer = tokenizer
         self._callbacks = callbacks
         self._weights = weights
@@ -91,8 +94,9 @@ class Trainer:
             logger.info("stage %d (%s) is finished already", self._position.stage_index, stage.name)
             return
         config, position = self._config, self._position
-        source = open_pieces(config, stage, "train")
-        held_out = open_pieces(config, stage, "val")
+        source = open_pieces(config, stage, "train", self._store)
+        held_out = open_pieces(config, stage, "val", self._store)
+        self._store.release()
         resumed = self._resume_inside(stage, source.fingerprint)
         self._fingerprint = source.fingerprint
         engine = self._build_engine(stage, resumed)
