@@ -52,7 +52,6 @@ class DatasetFiles(ABC):
     name: str
     """The folder or URL, for messages: without what may be secret."""
     manifest: Manifest
-    tokenizer_folder: Path
     open_shards: int = OPEN_SHARDS
     """Most shards that a reader should hold open."""
     is_remote: bool = False
@@ -63,6 +62,10 @@ class DatasetFiles(ABC):
         self.manifest = manifest
         self._cached = cached
         """Folder of this dataset in the cache."""
+
+    @abstractmethod
+    def tokenizer_folder(self) -> Path:
+        """The folder of the tokenizer. Raises DataError if it has to be fetched and cannot be."""
 
     @abstractmethod
     def shard_name(self, shard: ShardInfo) -> str:
@@ -145,7 +148,10 @@ class LocalFiles(DatasetFiles):
         manifest, sha256 = read_manifest(folder)
         cached = None if cache_dir is None else cache_dir / _key(str(folder.resolve()), sha256)
         super().__init__(str(folder), manifest, cached)
-        self.tokenizer_folder = folder / TOKENIZER_FOLDER
+        self._folder = folder
+
+    def tokenizer_folder(self) -> Path:
+        return self._folder / TOKENIZER_FOLDER
 
     def shard_name(self, shard: ShardInfo) -> str:
         # Plain strings: a dataset may have 100,000 shards, and paths are slow.
@@ -190,8 +196,7 @@ class RemoteFiles(DatasetFiles):
     def __init__(self, url: str, cache: ShardCache) -> None:
         """
         Raises:
-            DataError: manifest or tokenizer cannot be fetched or are damaged, or the cache is too small for a
-                shard.
+            DataError: the manifest cannot be fetched or is damaged, or the cache is too small for a shard.
         """
         self._url, self._cache = url, cache
         data = _fetched(join_url(url, MANIFEST_FILE), largest=MAX_MANIFEST_BYTES)
@@ -209,8 +214,22 @@ class RemoteFiles(DatasetFiles):
                 )
             # What is removed from the cache stays on the disk as long as it is open.
             self.open_shards = min(OPEN_SHARDS, max(1, cache.limit // largest))
-        self.tokenizer_folder = folder / TOKENIZER_FOLDER
-        self._fetch_tokenizer()
+
+    def tokenizer_folder(self) -> Path:
+        folder = self._folder / TOKENIZER_FOLDER
+        path = folder / TOKENIZER_FILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder / ".lock"):
+                if not path.is_file():
+                    url = join_url(self._url, f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}")
+                    data = _fetched(url, sha256=self.manifest.tokenizer_sha256, largest=MAX_MANIFEST_BYTES)
+                    temporary = path.with_suffix(".tmp")
+                    temporary.write_bytes(data)
+                    temporary.replace(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be cached: {error.strerror}") from error
+        return folder
 
     def shard_name(self, shard: ShardInfo) -> str:
         return f"{self.name}/{shard.split}/{shard.name} (in {self._folder})"
@@ -246,21 +265,6 @@ class RemoteFiles(DatasetFiles):
 
     def _size_problems(self, shards: list[ShardInfo]) -> Iterator[str]:
         return iter(())  # shards are compared when they are fetched
-
-    def _fetch_tokenizer(self) -> None:
-        path = self.tokenizer_folder / TOKENIZER_FILE
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with locked(path.with_suffix(".lock")):
-                if path.is_file():
-                    return
-                url = join_url(self._url, f"{TOKENIZER_FOLDER}/{TOKENIZER_FILE}")
-                data = _fetched(url, sha256=self.manifest.tokenizer_sha256, largest=MAX_MANIFEST_BYTES)
-                temporary = path.with_suffix(".tmp")
-                temporary.write_bytes(data)
-                temporary.replace(path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be cached: {error.strerror}") from error
 
 
 def open_files(location: Path | str, cache: ShardCache | None) -> DatasetFiles:
