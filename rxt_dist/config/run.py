@@ -114,17 +114,17 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check_datasets(self) -> Self:
-        problems = []
+        problems, urls = [], []
         for kind in DATA_KINDS:
             paths = [dataset.path for dataset in self.datasets(kind)]
             for number, path in enumerate(paths):
                 if path in paths[:number]:
                     valid = "it is in the list already; give it a larger weight instead"
                     problems.append(Problem(f"{kind}.{number}.path", f"found {path}; {valid}"))
-            urls = [path for path in paths if isinstance(path, str)]
-            if urls and self.cache_dir is None:
-                valid = "set it to a folder on a local disk, for the shards that are fetched"
-                problems.append(Problem("cache_dir", f"not set, but {kind} has the URL {urls[0]}; {valid}"))
+            urls += [path for path in paths if isinstance(path, str)]
+        if urls and self.cache_dir is None:
+            valid = "set it to a folder on a local disk, for the shards that are fetched"
+            problems.append(Problem("cache_dir", f"not set, but {urls[0]} is a URL; {valid}"))
         if self.cache_bytes is not None and self.cache_dir is None:
             problems.append(
                 Problem("cache_bytes", f"found {self.cache_bytes} without cache_dir; set that too")

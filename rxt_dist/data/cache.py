@@ -100,17 +100,26 @@ class ShardCache:
                 part.unlink()
                 file.close()
                 return None
+            self._fill(path, part, file, size, fetch)
+            fcntl.flock(file, fcntl.LOCK_UN)  # a memory map of the file would keep it
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _fill(
+        self, path: Path, part: Path, file: BinaryIO, size: int, fetch: Callable[[BinaryIO], None]
+    ) -> None:
+        """Make the locked ``file`` with the name ``part`` the file ``path``."""
+        try:
             self._reserve(file, size)
             fetch(file)
             file.flush()
             os.fsync(file.fileno())
             part.replace(path)
         except BaseException:
-            if not file.closed and _names(part, file):
-                part.unlink()
-            file.close()
+            part.unlink(missing_ok=True)
             raise
-        return file
 
     def _reserve(self, file: BinaryIO, size: int) -> None:
         """Give ``file`` its final size when the other shards leave room for it, removing old ones."""

@@ -257,6 +257,26 @@ def test_a_process_waits_for_the_download_of_another_and_takes_over(
     assert part not in cached(cache)
 
 
+def test_who_waits_for_a_shard_gets_it_while_the_other_reads_it(server: FileServer, tmp_path: Path) -> None:
+    server.stall_after = lambda path: 700 if path.endswith(".tar") else None
+    readers = [remote_dataset(f"{server.url}/text", tmp_path) for _ in range(3)]
+    found: list[list[int]] = []
+
+    def read(dataset: Dataset) -> None:
+        found.append(dataset.text_document(0).tolist())
+
+    threads = [threading.Thread(target=read, args=(dataset,), daemon=True) for dataset in readers]
+    for thread in threads:
+        thread.start()
+    assert server.stalled.wait(20)
+    threads[0].join(0.2)
+    server.go_on()
+    for thread in threads:
+        thread.join(10)
+    assert found == [document(20, seed=0).tolist()] * 3  # each of which still has it open
+    assert server.requests["text/train/rxt-train-000000.tar"] == 1
+
+
 def flip(content: bytes) -> bytes:
     changed = bytearray(content)
     changed[len(changed) // 2] ^= 1
