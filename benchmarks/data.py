@@ -223,7 +223,7 @@ def run_of(text: Path, talk: Path, cache: Path | None) -> RunConfig:
         "data.text": text,
         "data.conversations": talk,
         "data.cache_dir": cache or "null",
-        "stages": "[{name: joint_lm, steps: 1}, {name: smat, steps: 1}]",
+        "stages": "[{name: joint_lm, steps: 9}, {name: smat, steps: 9}]",
         "model.seq_len": SEQ_LEN,
         "batch.packs": 16,
         "batch.pack_tokens": 16_384,
@@ -237,8 +237,8 @@ def run_of(text: Path, talk: Path, cache: Path | None) -> RunConfig:
 def start_run(
     config: RunConfig, states: Mapping[str, DataState]
 ) -> tuple[dict[str, float], dict[str, DataState]]:
-    """Seconds of each part of what a run does with its data before the first step of each stage, which goes
-    on from ``states``; and the states after it."""
+    """Seconds of what a run does with its data before the first step of each stage, which goes on from
+    ``states``; and the states after it."""
     times: dict[str, float] = {}
     started = time.perf_counter()
     store = dataset_store(config)
@@ -264,7 +264,7 @@ def bench_start(folder: Path, shards: int) -> list[tuple[str, str]]:
     special = {name: number for number, name in enumerate(NEEDED_TOKENS)}
     options = {"val_shards": max(1, shards // 100), "special_tokens": special}
     text = linked_dataset(folder / "text", documents(64 * 1024, rng), shards, **options)
-    talks = conversations(64 * 50 * INTERACTIONS, rng, 50)
+    talks = conversations(64 * 50, rng, 50)
     talk = linked_dataset(folder / "talk", talks, shards, kind="conversations", **options)
     rows = []
     _, states = start_run(run_of(text, talk, None), {})

@@ -20,10 +20,11 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 
 from rxt_dist.data.cache import ShardCache, locked
-from rxt_dist.data.index import ShardIndex, join_indices
+from rxt_dist.data.index import IndexFile, ShardIndex, join_indices
 from rxt_dist.data.manifest import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
+    SPLITS,
     TOKENIZER_FOLDER,
     Manifest,
     ShardInfo,
@@ -85,8 +86,8 @@ class DatasetFiles(ABC):
         """Say that a shard that was opened earlier is still read."""
 
     @abstractmethod
-    def _indices(self, shards: list[ShardInfo]) -> Iterator[ShardIndex]:
-        """The index of each shard, checked against the manifest. Raises DataError."""
+    def _indices(self, shards: list[ShardInfo]) -> Iterator[IndexFile]:
+        """The index of each shard, which has the hash of the manifest. Raises DataError."""
 
     @abstractmethod
     def _size_problems(self, shards: list[ShardInfo]) -> Iterator[str]:
@@ -119,18 +120,16 @@ class DatasetFiles(ABC):
     def _joined(self, split: Split, skip_corrupt: bool) -> ShardIndex:
         shards = self.manifest.shards_of(split)
         dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        indices = []
-        for shard, index in zip(shards, self._indices(shards), strict=True):
-            interactions = 0 if index.query_tokens is None else len(index.query_tokens)
-            found = (len(index.blocks), len(index.document_tokens), interactions)
-            if found != (shard.blocks, shard.documents, shard.interactions):
-                raise DataError(f"{self.shard_name(shard)}: its index has other counts than the manifest")
-            indices.append(index)
+        indices = list(self._indices(shards))
+        for shard, index in zip(shards, indices, strict=True):
+            if index.counts != (shard.blocks, shard.documents, shard.interactions):
+                raise DataError(f"{index.name} has other counts than the manifest")
+        joined = join_indices(indices, self.manifest.kind, dtype)
         for problem in self._size_problems(shards):
             if not skip_corrupt:
                 raise DataError(problem)
             logger.warning("%s", problem)
-        return join_indices(indices, self.manifest.kind, dtype)
+        return joined
 
     def _check_joined(self, index: ShardIndex, split: Split) -> ShardIndex:
         shards = self.manifest.shards_of(split)
@@ -145,8 +144,9 @@ class LocalFiles(DatasetFiles):
 
     def __init__(self, folder: Path, cache_dir: Path | None = None) -> None:
         """Raises DataError if the manifest is missing or damaged."""
-        manifest, sha256 = read_manifest(folder)
-        cached = None if cache_dir is None else cache_dir / _key(str(folder.resolve()), sha256)
+        data = read_manifest(folder)
+        cached = None if cache_dir is None else cache_dir / _key(str(folder.resolve()), data)
+        manifest = parse_manifest(data, str(folder / MANIFEST_FILE), known=_is_known(cached))
         super().__init__(str(folder), manifest, cached)
         self._folder = folder
 
@@ -172,9 +172,9 @@ class LocalFiles(DatasetFiles):
     def touch(self, shard: ShardInfo) -> None:
         pass
 
-    def _indices(self, shards: list[ShardInfo]) -> Iterator[ShardIndex]:
+    def _indices(self, shards: list[ShardInfo]) -> Iterator[IndexFile]:
         for shard in shards:
-            yield ShardIndex.read(_index_path(self.shard_name(shard)), shard.idx_sha256)
+            yield IndexFile.read(_index_path(self.shard_name(shard)), shard.idx_sha256)
 
     def _size_problems(self, shards: list[ShardInfo]) -> Iterator[str]:
         for shard in shards:
@@ -200,8 +200,9 @@ class RemoteFiles(DatasetFiles):
         """
         self._url, self._cache = url, cache
         data = _fetched(join_url(url, MANIFEST_FILE), largest=MAX_MANIFEST_BYTES)
-        manifest = parse_manifest(data, shown_url(join_url(url, MANIFEST_FILE)))
-        folder = cache.folder / _key(url, hashlib.sha256(data).hexdigest())
+        folder = cache.folder / _key(url, data)
+        name = shown_url(join_url(url, MANIFEST_FILE))
+        manifest = parse_manifest(data, name, known=_is_known(folder))
         super().__init__(shown_url(url), manifest, folder)
         self._folder = folder
         self._damaged: dict[str, str] = {}
@@ -255,11 +256,11 @@ class RemoteFiles(DatasetFiles):
     def _shard_path(self, shard: ShardInfo) -> Path:
         return self._folder / shard.split / shard.name
 
-    def _indices(self, shards: list[ShardInfo]) -> Iterator[ShardIndex]:
-        def read(shard: ShardInfo) -> ShardIndex:
+    def _indices(self, shards: list[ShardInfo]) -> Iterator[IndexFile]:
+        def read(shard: ShardInfo) -> IndexFile:
             url = join_url(self._url, _index_path(f"{shard.split}/{shard.name}"))
             data = _fetched(url, sha256=shard.idx_sha256, largest=MAX_MANIFEST_BYTES)
-            return ShardIndex.parse(data, shown_url(url))
+            return IndexFile(data, shown_url(url), shard.idx_sha256)
 
         return in_parallel(read, shards)
 
@@ -291,8 +292,13 @@ def in_parallel(function: Callable[[ItemT], ResultT], items: Iterable[ItemT]) ->
             pool.shutdown(cancel_futures=True)
 
 
-def _key(place: str, manifest_sha256: str) -> str:
-    return hashlib.sha256(f"{place}\n{manifest_sha256}".encode()).hexdigest()
+def _key(place: str, manifest: bytes) -> str:
+    return hashlib.sha256(f"{place}\n{hashlib.sha256(manifest).hexdigest()}".encode()).hexdigest()
+
+
+def _is_known(cached: Path | None) -> bool:
+    """Whether the manifest that this folder of the cache is named after has been checked before."""
+    return cached is not None and any((cached / f"{split}.idx").is_file() for split in SPLITS)
 
 
 def _index_path(tar: str) -> str:

@@ -38,7 +38,9 @@ _VERSION_OF_FULL_WIDTH = 1
 _PREFIX = struct.Struct("<8sII")  # magic, version, bytes of the JSON header
 _MAX_HEADER_BYTES = 4096
 _FIRST_READ = 1 << 16
-_WIDTHS = (0, 1, 2, 4)  # bytes of a length; 0: all of them are 0
+_STORED = {width: np.dtype(f"<u{width}") for width in (1, 2, 4)}
+"""Type of a length by its bytes; 0 bytes: all of them are 0."""
+_NOTHING = np.zeros(0, dtype=np.uint32)
 _CONVERSATION_COLUMNS = ("interactions", "system_tokens", "query_tokens", "answer_tokens")
 
 
@@ -72,7 +74,7 @@ class ShardIndex:
             width = _width(values)
             entries.append((name, len(values), width))
             if width:
-                content.append(values.astype(f"<u{width}").tobytes())
+                content.append(values.astype(_STORED[width]).tobytes())
         header = {"kind": self.kind, "dtype": self.dtype.name, "arrays": entries}
         text = json.dumps(header, separators=(",", ":")).encode()
         data = b"".join([_PREFIX.pack(_MAGIC, _VERSION, len(text)), text, *content])
@@ -85,13 +87,41 @@ class ShardIndex:
         temporary.replace(path)
 
     @classmethod
-    def read(cls, path: Path | str, sha256: str | None = None) -> ShardIndex:
-        """Read and check an index; ``sha256``: what the file must hash to.
+    def read(cls, path: Path | str) -> ShardIndex:
+        """Read and check an index.
 
         Raises:
             DataError: missing, damaged, of another version, or inconsistent. The size of the file is compared
                 with what its header implies before the arrays are read.
         """
+        file = IndexFile.read(path)
+        return join_indices([file], file.header.kind, file.header.dtype)
+
+
+class IndexFile:
+    """The content of an index that is whole; whether its arrays agree is checked by :func:`join_indices`."""
+
+    def __init__(self, data: bytes, name: str, sha256: str | None = None) -> None:
+        """``data``: content of the file, which messages call ``name`` and which must hash to ``sha256``.
+
+        Raises:
+            DataError: it is damaged, or of another version.
+        """
+        self.name = name
+        try:
+            self.header = _parse_header(data, len(data))
+            if sha256 is None:
+                if struct.unpack("<I", data[-4:])[0] != zlib.crc32(memoryview(data)[:-4]):
+                    raise DataError("its crc32 does not match its content")
+            elif sha256 != hashlib.sha256(data).hexdigest():
+                raise DataError("its sha256 is not that of the manifest")
+        except DataError as error:
+            raise DataError(f"{name} is damaged: {error}") from error
+        self._data = data
+
+    @classmethod
+    def read(cls, path: Path | str, sha256: str | None = None) -> IndexFile:
+        """The index at ``path``. Raises DataError as the constructor does, and if it is missing."""
         try:
             with open(path, "rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -103,35 +133,80 @@ class ShardIndex:
             raise DataError(f"{path}: cannot read the index: {error.strerror}") from error
         except DataError as error:
             raise DataError(f"{path} is damaged: {error}") from error
-        return cls.parse(data, str(path), sha256)
+        return cls(data, str(path), sha256)
 
-    @classmethod
-    def parse(cls, data: bytes, name: str, sha256: str | None = None) -> ShardIndex:
-        """An index from the content of its file, which messages call ``name``; see :meth:`read`."""
-        try:
-            header = _parse_header(data, len(data))
-            if struct.unpack("<I", data[-4:])[0] != zlib.crc32(memoryview(data)[:-4]):
-                raise DataError("its crc32 does not match its content")
-            if sha256 not in (None, hashlib.sha256(data).hexdigest()):
-                raise DataError("its sha256 is not that of the manifest")
-            index = _from_columns(header, _read_columns(data, header))
-            _check_sums(index)
-        except DataError as error:
-            raise DataError(f"{name} is damaged: {error}") from error
-        return index
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Blocks, documents and interactions."""
+        columns = self.header.columns
+        if self.header.kind == "text":
+            return self.header.blocks, columns["document_tokens"][0], 0
+        return self.header.blocks, columns["interactions"][0], columns["query_tokens"][0]
+
+    def blocks(self) -> npt.NDArray[np.uint8]:
+        """The rows of the blocks, as bytes."""
+        size = self.header.blocks * BLOCK_DTYPE.itemsize
+        return np.frombuffer(self._data, np.uint8, size, self.header.start)
+
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of lengths, in the types they are stored in."""
+        position = self.header.start + self.header.blocks * BLOCK_DTYPE.itemsize
+        arrays = {}
+        for name, (count, width) in self.header.columns.items():
+            if width:
+                arrays[name] = np.frombuffer(self._data, _STORED[width], count, position)
+                position += count * width
+            else:
+                arrays[name] = np.zeros(count, np.uint8)
+        return arrays
 
 
-def join_indices(indices: Sequence[ShardIndex], kind: Kind, dtype: np.dtype[Any]) -> ShardIndex:
-    """The documents of all ``indices`` one after the other; offsets of blocks stay those in their shards."""
+def join_indices(files: Sequence[IndexFile], kind: Kind, dtype: np.dtype[Any]) -> ShardIndex:
+    """The documents of all ``files`` one after the other; offsets of blocks stay those in their shards.
+
+    Raises:
+        DataError: one of them contradicts itself, or is of another kind or token type.
+    """
+    for file in files:
+        if file.header.kind != kind or file.header.dtype != dtype:
+            found = f"{file.header.kind} in {file.header.dtype.name}"
+            raise DataError(f"{file.name} is an index of {found}, expected {kind} in {dtype.name}")
+    parts = [file.columns() for file in files]
 
     def joined(name: str) -> UInt32Array:
-        return np.concatenate([np.zeros(0, np.uint32), *(getattr(index, name) for index in indices)])
+        return np.concatenate([_NOTHING, *(part[name] for part in parts)], dtype=np.uint32)
 
     # As bytes, because joining records compares their types one by one.
-    octets = [index.blocks.view(np.uint8) for index in indices]
-    blocks = np.concatenate([np.zeros(0, np.uint8), *octets]).view(BLOCK_DTYPE)
-    columns = {} if kind == "text" else {name: joined(name) for name in _CONVERSATION_COLUMNS}
-    return ShardIndex(kind, dtype, blocks, joined("document_tokens"), **columns)
+    blocks = np.concatenate([_NOTHING.view(np.uint8), *(file.blocks() for file in files)]).view(BLOCK_DTYPE)
+    names = ("document_tokens",) if kind == "text" else _CONVERSATION_COLUMNS
+    columns = {name: joined(name) for name in names}
+    try:
+        if kind == "conversations":
+            columns["document_tokens"] = _conversation_tokens(columns)
+            if all("document_tokens" in part for part in parts) and not np.array_equal(
+                columns["document_tokens"], joined("document_tokens")
+            ):
+                raise DataError("tokens of the segments do not add up")
+        index = ShardIndex(kind, dtype, blocks, **columns)
+        _check_sums(index)
+    except DataError as error:
+        if len(files) == 1:
+            raise DataError(f"{files[0].name} is damaged: {error}") from error
+        for file in files:  # to say which
+            join_indices([file], kind, dtype)
+        raise
+    return index
+
+
+def _conversation_tokens(columns: dict[str, UInt32Array]) -> UInt32Array:
+    """Tokens of every conversation, from those of its segments: [D]."""
+    interactions, query, answer = (
+        columns[name] for name in ("interactions", "query_tokens", "answer_tokens")
+    )
+    if not int(interactions.sum(dtype=np.int64)) == len(query) == len(answer):
+        raise DataError("interactions do not add up")
+    ends = starts_of(query.astype(np.int64) + answer)[starts_of(interactions)]
+    return (np.diff(ends) + columns["system_tokens"]).astype(np.uint32)
 
 
 @dataclass(frozen=True)
@@ -208,37 +283,10 @@ def _check_header(header: _Header) -> None:
     # Only an array whose length another one repeats may take no bytes: nothing is allocated without bytes
     # in the file to show for it.
     for name, (count, width) in columns.items():
-        if width not in _WIDTHS or (count and not width and name != "system_tokens"):
+        if width not in _STORED and (width or (count and name != "system_tokens")):
             raise DataError(f"{name} with {width} bytes a length in the header")
     if header.kind == "conversations" and columns["system_tokens"][0] != columns["interactions"][0]:
         raise DataError("arrays of conversations differ in length")
-
-
-def _read_columns(data: bytes, header: _Header) -> dict[str, npt.NDArray[Any]]:
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "blocks": np.frombuffer(data, BLOCK_DTYPE, header.blocks, header.start)
-    }
-    position = header.start + arrays["blocks"].nbytes
-    for name, (count, width) in header.columns.items():
-        if width:
-            stored = np.frombuffer(data, f"<u{width}", count, position)
-            arrays[name] = stored.astype(np.uint32, copy=False)
-            position += stored.nbytes
-        else:
-            arrays[name] = np.zeros(count, np.uint32)
-    return arrays
-
-
-def _from_columns(header: _Header, arrays: dict[str, npt.NDArray[Any]]) -> ShardIndex:
-    if header.kind == "conversations":
-        interactions, query, answer = (arrays[n] for n in ("interactions", "query_tokens", "answer_tokens"))
-        if not int(interactions.sum(dtype=np.int64)) == len(query) == len(answer):
-            raise DataError("interactions do not add up")
-        ends = starts_of(query.astype(np.int64) + answer)[starts_of(interactions)]
-        tokens = (np.diff(ends) + arrays["system_tokens"]).astype(np.uint32)
-        if not np.array_equal(arrays.setdefault("document_tokens", tokens), tokens):
-            raise DataError("tokens of the segments do not add up")
-    return ShardIndex(kind=header.kind, dtype=header.dtype, **arrays)
 
 
 def _check_sums(index: ShardIndex) -> None:

@@ -172,11 +172,11 @@ def load_manifest(folder: Path) -> Manifest:
         DataError: no such folder or manifest, not JSON, an unknown version, wrong fields, or a
             fingerprint that does not match the content.
     """
-    return read_manifest(folder)[0]
+    return parse_manifest(read_manifest(folder), str(folder / MANIFEST_FILE))
 
 
-def read_manifest(folder: Path) -> tuple[Manifest, str]:
-    """Like :func:`load_manifest`, with the SHA-256 of the file."""
+def read_manifest(folder: Path) -> bytes:
+    """The content of ``folder/manifest.json``. Raises DataError if there is none, or a far too large one."""
     path = folder / MANIFEST_FILE
     if not folder.is_dir():
         raise DataError(f"{folder} is not a dataset: no such folder")
@@ -186,30 +186,41 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         raise DataError(
             f"{path} has {path.stat().st_size} bytes; a manifest has at most {MAX_MANIFEST_BYTES}"
         )
-    data = path.read_bytes()
-    return parse_manifest(data, str(path)), hashlib.sha256(data).hexdigest()
+    return path.read_bytes()
 
 
-def parse_manifest(data: bytes, name: str) -> Manifest:
-    """A manifest from the content of its file, which messages call ``name``; see :func:`load_manifest`."""
+def parse_manifest(data: bytes, name: str, *, known: bool = False) -> Manifest:
+    """A manifest from the content of its file, which messages call ``name``; see :func:`load_manifest`.
+
+    ``known``: these bytes have been checked before, so that the fingerprint is not computed again.
+    """
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is damaged: not JSON ({error})") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        raise DataError(
-            f"{name} has format_version {version!r}; this version of rxt-dist reads {FORMAT_VERSION}"
-        )
-    try:
-        manifest = Manifest.model_validate(content)
+        manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{name} is damaged: {field}: {first['msg']}") from error
-    if manifest.fingerprint != fingerprint_of(manifest):
+        raise DataError(_problem(data, name, error)) from error
+    if manifest.format_version != FORMAT_VERSION:
+        raise DataError(_other_version(name, manifest.format_version))
+    if not known and manifest.fingerprint != fingerprint_of(manifest):
         raise DataError(f"{name} is damaged: its fingerprint does not match its content")
     return manifest
+
+
+def _problem(data: bytes, name: str, error: ValidationError) -> str:
+    """What is wrong with a manifest that is not valid: another version has other fields."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as malformed:
+        return f"{name} is damaged: not JSON ({malformed})"
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        return _other_version(name, version)
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    return f"{name} is damaged: {field}: {first['msg']}"
+
+
+def _other_version(name: str, version: object) -> str:
+    return f"{name} has format_version {version!r}; this version of rxt-dist reads {FORMAT_VERSION}"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

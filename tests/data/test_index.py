@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rxt_dist.data.format import ConversationTokens, ShardWriter, token_dtype
-from rxt_dist.data.index import BLOCK_DTYPE, ShardIndex, join_indices
+from rxt_dist.data.index import BLOCK_DTYPE, IndexFile, ShardIndex, join_indices
 from rxt_dist.errors import DataError
 
 U16 = token_dtype(1000)
@@ -58,6 +58,11 @@ def index_bytes(
     return whole + struct.pack("<I", zlib.crc32(whole))
 
 
+def parsed(data: bytes, name: str) -> ShardIndex:
+    file = IndexFile(data, name)
+    return join_indices([file], file.header.kind, file.header.dtype)
+
+
 def block_of(columns: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
     return (512, 4096, len(columns["document_tokens"]), sum(columns["document_tokens"]), 77)
 
@@ -75,10 +80,10 @@ def test_indices_of_the_first_version_are_read(conversations: Lengths) -> None:
     """All lengths in four bytes, and those of conversations besides those of their segments."""
     columns = columns_of(conversations)
     arrays = [(name, values, "I") for name, values in columns.items()]
-    assert_index(ShardIndex.parse(index_bytes("conversations", 1, block_of(columns), arrays), "x"), columns)
+    assert_index(parsed(index_bytes("conversations", 1, block_of(columns), arrays), "x"), columns)
     text = {"document_tokens": columns["document_tokens"]}
     assert_index(
-        ShardIndex.parse(index_bytes("text", 1, block_of(text), [(*next(iter(text.items())), "I")]), "x"),
+        parsed(index_bytes("text", 1, block_of(text), [(*next(iter(text.items())), "I")]), "x"),
         text,
     )
 
@@ -96,7 +101,7 @@ def test_written_indices_are_those_of_the_description(
     columns = columns_of(conversations)
     stored = [(name, values, narrow(values)) for name, values in list(columns.items())[1:]]
     expected = index_bytes("conversations", 2, block_of(columns), stored)
-    index = ShardIndex.parse(expected, "x")
+    index = parsed(expected, "x")
     assert_index(index, columns)
     path = tmp_path_factory.mktemp("index") / "a.idx"
     index.write(path)
@@ -125,19 +130,32 @@ def test_joined_indices(tmp_path: Path) -> None:
     parts = []
     for number, system in enumerate(([], [8, 9])):
         talks = [conversation([([7] * turns, [8])] * turns, system) for turns in range(1, 4)]
-        parts.append(ShardIndex.read(shard_index(tmp_path / str(number), talks, block_documents=2)))
+        parts.append(IndexFile.read(shard_index(tmp_path / str(number), talks, block_documents=2)))
     joined = join_indices(parts, "conversations", U16)
     assert joined.blocks["documents"].tolist() == [2, 1, 2, 1]
     assert joined.system_tokens is not None
     assert joined.system_tokens.tolist() == [0, 0, 0, 3, 3, 3]
     joined.write(tmp_path / "joined.idx")
     again = ShardIndex.read(tmp_path / "joined.idx")
+    alone = [ShardIndex.read(part.name) for part in parts]
     for name in ("document_tokens", "interactions", "query_tokens", "answer_tokens"):
-        whole = np.concatenate([getattr(part, name) for part in parts])
+        whole = np.concatenate([getattr(part, name) for part in alone])
         assert np.array_equal(getattr(joined, name), whole)
         assert np.array_equal(getattr(again, name), whole)
     nothing = join_indices([], "text", U16)
     assert (len(nothing.blocks), len(nothing.document_tokens), nothing.interactions) == (0, 0, None)
+
+
+def test_of_joined_indices_the_one_that_contradicts_itself_is_named() -> None:
+    columns = columns_of([(0, [(3, 4)])])
+    arrays = [(name, values, "B") for name, values in list(columns.items())[1:]]
+    good = index_bytes("conversations", 2, block_of(columns), arrays)
+    bad = index_bytes("conversations", 2, (512, 4096, 1, 9, 77), arrays)
+    files = [IndexFile(data, name) for data, name in ((good, "a"), (bad, "b"), (good, "c"))]
+    with pytest.raises(DataError, match="b is damaged: tokens of the blocks do not add up"):
+        join_indices(files, "conversations", U16)
+    with pytest.raises(DataError, match="a is an index of conversations in uint16, expected text in uint16"):
+        join_indices(files, "text", U16)
 
 
 def test_large_indices_are_read_whole(tmp_path: Path) -> None:
@@ -197,16 +215,16 @@ def test_an_index_that_contradicts_itself_is_refused(change: dict[str, list[int]
     columns = columns_of([(0, [(3, 4)])])
     arrays = [(name, change.get(name, values), "I") for name, values in list(columns.items())[1:]]
     with pytest.raises(DataError, match=message):
-        ShardIndex.parse(index_bytes("conversations", 2, block_of(columns), arrays), "x")
+        parsed(index_bytes("conversations", 2, block_of(columns), arrays), "x")
 
 
 def test_contradictions_of_the_first_version_and_of_blocks(tmp_path: Path) -> None:
     columns = columns_of([(0, [(3, 4)])])
     arrays = [(name, [8] if name == "document_tokens" else values, "I") for name, values in columns.items()]
     with pytest.raises(DataError, match="tokens of the segments do not add up"):
-        ShardIndex.parse(index_bytes("conversations", 1, (0, 9, 1, 8, 0), arrays), "x")
+        parsed(index_bytes("conversations", 1, (0, 9, 1, 8, 0), arrays), "x")
     with pytest.raises(DataError, match="documents of the blocks do not add up"):
-        ShardIndex.parse(index_bytes("text", 2, (0, 9, 2, 5, 0), [("document_tokens", [5], "B")]), "x")
+        parsed(index_bytes("text", 2, (0, 9, 2, 5, 0), [("document_tokens", [5], "B")]), "x")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +246,7 @@ def test_hostile_headers_allocate_nothing(arrays: Any, message: str) -> None:
     header = json.dumps({"kind": "text", "dtype": "uint16", "arrays": entries}).encode()
     whole = b"RXTINDEX" + struct.pack("<II", 2, len(header)) + header
     with pytest.raises(DataError, match=f"x is damaged: .*{message}"):
-        ShardIndex.parse(whole + struct.pack("<I", zlib.crc32(whole)), "x")
+        parsed(whole + struct.pack("<I", zlib.crc32(whole)), "x")
 
 
 def test_a_missing_index_is_named(tmp_path: Path) -> None:
