@@ -373,7 +373,8 @@ def test_bad_records_name_their_sample(run: Run, tokenizer_folder: Path, tmp_pat
 
 
 def test_hugging_face_datasets(run: Run, tokenizer_folder: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     rows = {"text": [f"row {i}" for i in range(600)], "id": [f"r{i}" for i in range(600)], "more": [1] * 600}
     whole = datasets.Dataset.from_dict(rows)
     whole.save_to_disk(str(tmp_path / "saved"))
