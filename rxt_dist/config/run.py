@@ -101,7 +101,7 @@ class DataConfig(Section):
     on_corrupt: Literal["error", "skip"] = "error"
     """What a damaged block does; error: it ends the run; skip: its documents are left out, on all ranks."""
     max_corrupt_blocks: int = Field(16, ge=1)
-    """Most damaged blocks that are left out in a stage; one more ends the run."""
+    """Most damaged blocks that are left out in a run; one more ends it."""
     accept_changed: bool = False
     """Whether --resume goes on with another dataset than the run was started with, at its next epoch."""
 

@@ -24,8 +24,8 @@ from rxt_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-BlockId = tuple[int, int]
-"""A block of the data of a stage: the number of the dataset, and of the block in its split."""
+BlockId = tuple[str, int]
+"""A block of training data: the fingerprint of the dataset, and the number of the block in its split."""
 Int32Array = npt.NDArray[np.int32]
 
 
@@ -67,7 +67,8 @@ class PieceSource(Protocol):
         """The damaged blocks that :meth:`lost` has met, each with a sentence."""
 
     def lose(self, blocks: Iterable[BlockId]) -> None:
-        """Count ``blocks`` as damaged without looking at them. Raises DataError if there is no such block."""
+        """Count ``blocks`` as damaged without looking at them; those of other datasets do not matter.
+        Raises DataError if there is no such block."""
 
 
 class _Pieces(ABC):
@@ -110,11 +111,12 @@ class _Pieces(ABC):
 
     def damage(self) -> Mapping[BlockId, str]:
         """The damaged blocks that :meth:`lost` has met, each with a sentence."""
-        return {(0, block): message for block, message in self.dataset.damage().items()}
+        return {(self.dataset.fingerprint, block): text for block, text in self.dataset.damage().items()}
 
     def lose(self, blocks: Iterable[BlockId]) -> None:
-        """Count ``blocks`` as damaged without looking at them. Raises DataError if there is no such block."""
-        self.dataset.lose(block for _, block in blocks)
+        """Count ``blocks`` as damaged without looking at them; those of other datasets do not matter.
+        Raises DataError if there is no such block."""
+        self.dataset.lose(block for dataset, block in blocks if dataset == self.dataset.fingerprint)
 
 
 class TextPieces(_Pieces):

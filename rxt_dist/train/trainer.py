@@ -27,7 +27,7 @@ from rxt_dist.stages import Pieces, build_stage, open_pieces
 from rxt_dist.train.callbacks import Callback
 from rxt_dist.train.engine import StageEngine
 from rxt_dist.train.evaluation import evaluate_stage
-from rxt_dist.train.feed import DataState, Feed, Step, open_feed, resumed_data_state
+from rxt_dist.train.feed import DataState, Feed, Step, next_stage_state, open_feed, resumed_data_state
 from rxt_dist.train.meter import Meter
 from rxt_dist.train.run_dir import has_evaluation, text_files
 from rxt_dist.train.schedule import learning_rate
@@ -85,7 +85,8 @@ class Trainer:
         """Train every stage that is not finished; returns when the last one is evaluated."""
         for index in range(self._position.stage_index, len(self._config.stages)):
             if index > self._position.stage_index:
-                self._position = replace(self._position, stage_index=index, stage_step=0, data_state=None)
+                state = next_stage_state(self._position.data_state)
+                self._position = replace(self._position, stage_index=index, stage_step=0, data_state=state)
             self._run_stage(self._config.stages[index])
 
     def _run_stage(self, stage: StageConfig) -> None:
