@@ -87,6 +87,10 @@ def test_a_run_over_urls_is_the_run_over_folders(
         assert not [path for path in files if path.name.endswith(".part")]
         kinds = {path.parts[0] for path in (Path(request) for request in server.requests)}
         assert kinds == {"text", "conversations", "fewer"}
+        # Each process reads a manifest once, and an index is read by one of them.
+        assert server.requests["text/manifest.json"] == 2 * RANKS
+        indices = [count for path, count in server.requests.items() if path.endswith(".idx")]
+        assert set(indices) == {2}  # the cache was removed once
         results = evaluate_checkpoint(tmp_path / "run")
     local = evaluate_checkpoint(whole)
     assert results == local
