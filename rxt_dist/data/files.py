@@ -105,17 +105,20 @@ class DatasetFiles(ABC):
         """
         if self._cached is None:
             return self._joined(split, skip_corrupt)
-        self._cached.mkdir(parents=True, exist_ok=True)
         path = self._cached / f"{split}.idx"
-        with locked(path.with_suffix(".lock")):
-            if path.is_file():
-                try:
-                    return self._check_joined(ShardIndex.read(path), split)
-                except DataError as error:
-                    logger.warning("%s; making it again", error)
-            index = self._joined(split, skip_corrupt)
-            index.write(path)
-            return index
+        try:
+            self._cached.mkdir(parents=True, exist_ok=True)
+            with locked(path.with_suffix(".lock")):
+                if path.is_file():
+                    try:
+                        return self._check_joined(ShardIndex.read(path), split)
+                    except DataError as error:
+                        logger.warning("%s; making it again", error)
+                index = self._joined(split, skip_corrupt)
+                index.write(path)
+                return index
+        except OSError as error:
+            raise DataError(f"{path}: cannot be cached: {error.strerror}") from error
 
     def _joined(self, split: Split, skip_corrupt: bool) -> ShardIndex:
         shards = self.manifest.shards_of(split)
