@@ -322,9 +322,10 @@ def test_a_server_that_refuses(
     """That is no damage: nothing of it is left out of the training."""
     server.status = lambda path, number: status if path == SHARD else 200
     dataset = remote_dataset(f"{server.url}/text", tmp_path, skip=True)
-    with pytest.raises(UnreachableError, match=message):
-        dataset.lost(np.arange(60))
-    assert server.requests[SHARD] == requests
+    for number, documents in enumerate((np.arange(60), np.arange(5, 7)), start=1):
+        with pytest.raises(UnreachableError, match=message):
+            dataset.lost(documents)
+        assert server.requests[SHARD] == number * requests
     assert dataset.damage() == {}
     server.status = lambda path, number: 200
     assert not dataset.lost(np.arange(60)).any()
