@@ -1,8 +1,8 @@
 """Shards of remote datasets on the local disk, shared by the processes of a host.
 
 A file is fetched under the name ``NAME.part``, which the process that fetches it holds a lock on, and gets
-its name when it is whole and checked. So a file that has its name is sound, a ``.part`` that nobody holds a
-lock on was left by a process that was killed, and no lock file outlives its use.
+its name when it is whole and checked. So a file that has its name is sound, and a ``.part`` that nobody holds
+a lock on was left by a process that was killed.
 """
 
 from __future__ import annotations
