@@ -20,6 +20,8 @@ StageName = Literal["joint_lm", "interaction_sft", "memory_attention", "smat"]
 Component = Literal["encoder", "decoder", "memory_attention"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 DataKind = Literal["text", "conversations"]
+DatasetUrl = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://.", title="URL")]
+DatasetLocation = ConfigPath | DatasetUrl
 DATA_KINDS: tuple[DataKind, ...] = get_args(DataKind)
 
 STAGE_DATA: dict[StageName, DataKind] = {
@@ -79,45 +81,58 @@ class ZeroConfig(Section):
 class MixedDataset(Section):
     """One of several datasets that a stage reads."""
 
-    path: ConfigPath
-    """Dataset folder."""
+    path: DatasetLocation
+    """Dataset folder, or URL of one."""
     weight: int = Field(1, ge=1, le=1000)
     """Its share of the packs is `weight` divided by the sum over the list."""
 
 
-Datasets = ConfigPath | Annotated[list[MixedDataset], Field(min_length=1)] | None
+Datasets = DatasetLocation | Annotated[list[MixedDataset], Field(min_length=1)] | None
 
 
 class DataConfig(Section):
-    """Dataset folders made by `rxt-data`; a relative path is relative to the current folder."""
+    """Datasets made by `rxt-data`: folders, a relative path is relative to the current one, or their URLs."""
 
     text: Datasets = None
     """Dataset of documents for stage joint_lm, or a list of them as {path, weight}."""
     conversations: Datasets = None
     """Dataset of conversations for the stages after joint_lm; a list only for interaction_sft."""
+    cache_dir: ConfigPath | None = None
+    """Folder on a local disk for the shards that are fetched of URLs, which need it, and for joined indices,
+    with which a run over very many shards starts faster; the processes of a host share it."""
+    cache_bytes: int | None = Field(None, ge=1)
+    """Most bytes of shards in `cache_dir`: those not used for longest are removed; null: no limit."""
     on_corrupt: Literal["error", "skip"] = "error"
     """What a damaged block does; error: it ends the run; skip: its documents are left out, on all ranks."""
     max_corrupt_blocks: int = Field(16, ge=1)
-    """Most damaged blocks that are left out in a stage; one more ends the run."""
+    """Most damaged blocks that are left out in a run; one more ends it."""
     accept_changed: bool = False
     """Whether --resume goes on with another dataset than the run was started with, at its next epoch."""
 
     def datasets(self, kind: DataKind) -> list[MixedDataset]:
         """The datasets of ``kind``, also if it is a single one; empty if it is not set."""
-        value: Path | list[MixedDataset] | None = getattr(self, kind)
+        value: str | Path | list[MixedDataset] | None = getattr(self, kind)
         if value is None:
             return []
-        return [MixedDataset(path=value)] if isinstance(value, Path) else value
+        return value if isinstance(value, list) else [MixedDataset(path=value)]
 
     @model_validator(mode="after")
     def _check_datasets(self) -> Self:
-        problems = []
+        problems, urls = [], []
         for kind in DATA_KINDS:
             paths = [dataset.path for dataset in self.datasets(kind)]
             for number, path in enumerate(paths):
                 if path in paths[:number]:
                     valid = "it is in the list already; give it a larger weight instead"
                     problems.append(Problem(f"{kind}.{number}.path", f"found {path}; {valid}"))
+            urls += [path for path in paths if isinstance(path, str)]
+        if urls and self.cache_dir is None:
+            valid = "set it to a folder on a local disk, for the shards that are fetched"
+            problems.append(Problem("cache_dir", f"not set, but {urls[0]} is a URL; {valid}"))
+        if self.cache_bytes is not None and self.cache_dir is None:
+            problems.append(
+                Problem("cache_bytes", f"found {self.cache_bytes} without cache_dir; set that too")
+            )
         report(problems)
         return self
 
