@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := test,prep,monitoring
+EXTRAS := test,prep,huggingface,monitoring
 # Without this, DeepSpeed's source package would want a compiler; its ops are not needed here.
 export DS_BUILD_OPS := 0
 

@@ -2,13 +2,16 @@
 
     python -m benchmarks.data [--tokens 20000000] [--folder /fast/disk]
     python -m benchmarks.data --documents 100000000 [--shards 1000]
+    python -m benchmarks.data --start [--shards 100000]
 
 Synthetic datasets are built in a temporary folder: documents of about 1,024 tokens, conversations of 5
 interactions of about 20 tokens, and the same with about 50. Rates are the best of --repeats runs with a warm
 page cache, except "first read", which includes the check and decoding of every block.
 
 With --documents it measures size instead of speed: memory and start of a dataset of so many documents, whose
-shards are links to a few real ones.
+shards are links to a few real ones. With --start it measures what the start of a run spends on data until the
+first batch of a text and of a memory stage, resumed in the middle of their data, with two datasets of so many
+shards each.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rxt_dist.config import RunConfig, load_config
 from rxt_dist.data.batch import MaskPlan, build_text_batch, count_pack
 from rxt_dist.data.format import ConversationTokens, Kind, ShardWriter, token_dtype
 from rxt_dist.data.lanes import LaneSchedule, LaneState
@@ -35,6 +39,11 @@ from rxt_dist.data.mixing import MixCursor
 from rxt_dist.data.order import PackCursor, PackStream
 from rxt_dist.data.pieces import InteractionPieces, TextPieces
 from rxt_dist.data.reader import Dataset
+from rxt_dist.data.tokens import NEEDED_TOKENS
+from rxt_dist.parallel.bootstrap import world_from_environment
+from rxt_dist.stages import dataset_store, open_pieces
+from rxt_dist.train.datasets import check_splits, open_datasets, resolve
+from rxt_dist.train.feed import DataState, open_feed
 
 VOCAB = 32_000
 SEQ_LEN = 2048
@@ -88,7 +97,11 @@ def finish_dataset(
 ) -> Path:
     """Write the manifest of ``shards``, which form the train split, and return ``folder``."""
     names = ("documents", "conversations", "interactions", "tokens")
-    totals = SplitCounts(truncated=0, **{name: sum(getattr(s, name) for s in shards) for name in names})
+    counts = {}
+    for split in {shard.split for shard in shards}:
+        here = [shard for shard in shards if shard.split == split]
+        totals = {name: sum(getattr(shard, name) for shard in here) for name in names}
+        counts[split] = SplitCounts(truncated=0, **totals)
     manifest = Manifest(
         format_version=1,
         dataset_id="benchmark",
@@ -101,7 +114,7 @@ def finish_dataset(
         tokenizer_sha256="0" * 64,
         val_fraction=0.0,
         source=[],
-        counts={"train": totals},
+        counts=counts,
         shards=shards,
         fingerprint="0" * 64,
     )
@@ -173,35 +186,112 @@ def bench_lanes(conversations: int, lanes: int, repeats: int) -> float:
     return conversations / min(seconds(epoch) for _ in range(repeats))
 
 
-def linked_dataset(folder: Path, count: int, shards: int) -> Path:
-    """A dataset of ``count`` documents whose shards are links to a few real ones."""
-    (folder / "train").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    each = -(-count // shards)
-    names = [f"rxt-train-{number:06d}" for number in range(shards)]
+def linked_dataset(
+    folder: Path,
+    items: Sequence[np.ndarray | ConversationTokens],
+    shards: int,
+    *,
+    kind: Kind = "text",
+    val_shards: int = 0,
+    special_tokens: Mapping[str, int] | None = None,
+) -> Path:
+    """A dataset in which every shard has the content ``items``: links to a few real ones."""
     infos: list[ShardInfo] = []
-    with ShardWriter(folder / "train" / f"{names[0]}.tar", "text", token_dtype(VOCAB), 0) as writer:
-        for document in documents(1024 * each, rng):
-            writer.add(document)
-        infos.append(writer.close())
-    original = names[0]
-    for number, name in enumerate(names[1:], start=1):
-        fresh = number % _LINKS == 0
-        for suffix in (".tar", ".idx"):
-            source, target = (folder / "train" / (n + suffix) for n in (original, name))
-            (shutil.copyfile if fresh else os.link)(source, target)
-        original = name if fresh else original
-        infos.append(infos[0].model_copy(update={"name": f"{name}.tar"}))
-    return finish_dataset(folder, "text", infos)
+    for split, count in (("train", shards), ("val", val_shards)):
+        (folder / split).mkdir(parents=True)
+        names = [f"rxt-{split}-{number:06d}" for number in range(count)]
+        for number, name in enumerate(names):
+            if number == 0:
+                path = folder / split / f"{name}.tar"
+                with ShardWriter(path, kind, token_dtype(VOCAB), 0) as writer:
+                    for item in items:
+                        writer.add(item)
+                    first = writer.close()
+                original = name
+            fresh = number and number % _LINKS == 0
+            for suffix in (".tar", ".idx") if number else ():
+                source, target = (folder / split / (n + suffix) for n in (original, name))
+                (shutil.copyfile if fresh else os.link)(source, target)
+            original = name if fresh else original
+            infos.append(first.model_copy(update={"name": f"{name}.tar"}))
+    return finish_dataset(folder, kind, infos, special_tokens=special_tokens)
 
 
-def bench_size(folder: Path, documents: int, shards: int) -> list[tuple[str, str]]:
-    """Memory and start-up of a dataset of ``documents`` documents in ``shards`` shards."""
-    linked_dataset(folder, documents, shards)
+def run_of(text: Path, talk: Path, cache: Path | None) -> RunConfig:
+    """A run of a text and a memory stage over these datasets."""
+    settings = {
+        "data.text": text,
+        "data.conversations": talk,
+        "data.cache_dir": cache or "null",
+        "stages": "[{name: joint_lm, steps: 9}, {name: smat, steps: 9}]",
+        "model.seq_len": SEQ_LEN,
+        "batch.packs": 16,
+        "batch.pack_tokens": 16_384,
+        "batch.lanes": 64,
+        "batch.window": 4,
+        "runtime.run_dir": "unused",
+    }
+    return load_config("tiny", [f"{name}={value}" for name, value in settings.items()])
+
+
+def start_run(
+    config: RunConfig, states: Mapping[str, DataState]
+) -> tuple[dict[str, tuple[float, float]], dict[str, DataState]]:
+    """Seconds, and those of CPU, of what a run does with its data before the first step of each stage, which
+    goes on from ``states``; and the states after it."""
+    times: dict[str, tuple[float, float]] = {}
+    started, worked = time.perf_counter(), time.process_time()
+
+    def note(what: str) -> None:
+        times[what] = time.perf_counter() - started, time.process_time() - worked
+
+    store = dataset_store(config)
+    opened = open_datasets(config, store)
+    note("manifests")
+    config = resolve(config, opened)
+    check_splits(config, store)
+    note("and indices")
+    after: dict[str, DataState] = {}
+    for number, stage in enumerate(config.stages):
+        source = open_pieces(config, stage, "train", store)
+        open_pieces(config, stage, "val", store)
+        world = world_from_environment()
+        with open_feed(config, stage, number, source, world, states.get(stage.name)) as feed:
+            after[stage.name] = feed.next_step().state
+        note(f"and the first batch of {stage.name}")
+    return times, after
+
+
+def bench_start(folder: Path, shards: int) -> list[tuple[str, str]]:
+    """The start of a run over two datasets of ``shards`` shards each, without and with a cache."""
+    rng = np.random.default_rng(0)
+    special = {name: number for number, name in enumerate(NEEDED_TOKENS)}
+    options = {"val_shards": max(1, shards // 100), "special_tokens": special}
+    text = linked_dataset(folder / "text", documents(64 * 1024, rng), shards, **options)
+    talks = conversations(64 * 50, rng, 50)
+    talk = linked_dataset(folder / "talk", talks, shards, kind="conversations", **options)
+    rows = []
+    _, states = start_run(run_of(text, talk, None), {})
+    for name, cache in (
+        ("without data.cache_dir", None),
+        ("with it, first time", folder / "cache"),
+        ("with it, from then on", folder / "cache"),
+    ):
+        times, _ = start_run(run_of(text, talk, cache), states)
+        rows += [
+            (f"{name}: {part}", f"{wall:.2f} s ({cpu:.2f} s of CPU)") for part, (wall, cpu) in times.items()
+        ]
+    return rows
+
+
+def bench_size(folder: Path, count: int, shards: int) -> list[tuple[str, str]]:
+    """Memory and start-up of a dataset of ``count`` documents in ``shards`` shards."""
+    content = documents(1024 * -(-count // shards), np.random.default_rng(0))
+    linked_dataset(folder, content, shards)
     before = _resident()
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     source = TextPieces(Dataset(folder, "train"), SEQ_LEN)
-    opened = time.perf_counter() - start
+    opened, worked = time.perf_counter() - start, time.process_time() - worked
     held = _resident() - before
     middle = MixCursor(10**6, (PackCursor(2, len(source.lengths) // 2),))
     options = {"packs": 16, "pack_tokens": 16_384, "micro_packs": 16, "dp_rank": 0, "dp_size": 1}
@@ -212,12 +302,12 @@ def bench_size(folder: Path, documents: int, shards: int) -> list[tuple[str, str
         next(loader)
         first = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    count = len(source.lengths)
+    found = len(source.lengths)
     return [
-        ("manifest and index", f"{opened:.2f} s"),
+        ("manifest and index", f"{opened:.2f} s ({worked:.2f} s of CPU)"),
         ("first batch of 16 packs after that, in the middle of an epoch", f"{first:.2f} s"),
-        ("memory held", f"{held / count:.1f} bytes a document ({held / 1e6:,.0f} MB)"),
-        ("highest while opening and loading", f"{peak / count:.1f} bytes a document ({peak / 1e6:,.0f} MB)"),
+        ("memory held", f"{held / found:.1f} bytes a document ({held / 1e6:,.0f} MB)"),
+        ("highest while opening and loading", f"{peak / found:.1f} bytes a document ({peak / 1e6:,.0f} MB)"),
     ]
 
 
@@ -236,10 +326,17 @@ def main() -> None:
     parser.add_argument("--pack-tokens", type=int, default=16_384)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--documents", type=float, help="measure a dataset of so many documents instead")
-    parser.add_argument("--shards", type=float, default=1000, help="shards of that dataset")
+    parser.add_argument("--start", action="store_true", help="measure the start of a run instead")
+    parser.add_argument("--shards", type=float, default=1000, help="shards of such a dataset")
     parser.add_argument("--folder", type=Path, help="where the temporary datasets are written")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.start:
+        print(f"two datasets of {int(arguments.shards):,} shards each")
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
+            for name, value in bench_start(Path(temporary), int(arguments.shards)):
+                print(f"{name:64}{value}")
+        return
     if arguments.documents is not None:
         count, shards = int(arguments.documents), int(arguments.shards)
         print(f"{count:,} documents in {shards:,} shards")

@@ -225,7 +225,7 @@ def measure(
     if deepspeed:
         engine = build_engine(config, stage, world)
     else:
-        engine = PlainEngine(config, stage, world, build_module(config, stage, world)[1])
+        engine = PlainEngine(config, stage, world, build_module(config, stage, world)[1].to(world.device))
     try:
         with open_feed(config, stage, index, source, world, None) as feed:
             loop = Loop(config, index, world, engine, feed)

@@ -29,6 +29,8 @@ from rxt_dist.config import RunConfig
 from rxt_dist.errors import ConfigError, exit_with_message
 from rxt_dist.model import build_model
 from rxt_dist.parallel.bootstrap import World
+from rxt_dist.parallel.mesh import Mesh
+from rxt_dist.parallel.parallelize import parallelize
 from rxt_dist.stages import build_stage, open_pieces
 from rxt_dist.train.feed import open_feed
 
@@ -36,8 +38,10 @@ RECOMPUTE = ("none", "interaction")
 
 
 def kept_bytes(config: RunConfig, index: int, world: World) -> int:
-    """Bytes that the graph of the second step's first micro-batch keeps for the backward pass."""
-    module = build_stage(build_model(config.model, config.seed), config, config.stages[index])
+    """Bytes that the graph of the second step's first micro-batch keeps for the backward pass. Collective."""
+    mesh = Mesh(world.size, config.parallel.tensor_size, config.parallel.expert_size)
+    model = build_model(config.model, config.seed, lambda whole: parallelize(whole, mesh, world.rank))
+    module = build_stage(model, config, config.stages[index])
     module.freeze()
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: dict[int, int] = {}

@@ -11,8 +11,9 @@ from typing import Any, Protocol, cast
 
 from data_prep.fetch import local_file
 from data_prep.readers import RawRecord, read_records, row_record
-from data_prep.sources import Source, require
+from data_prep.sources import Source
 from rxt_dist.errors import DataError
+from rxt_dist.packages import require
 
 _CHUNK_RECORDS = 256
 _CHUNK_BYTES = 1 << 20

@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Self, cast
 
-from data_prep.sources import Source, require
+from data_prep.sources import Source
 from rxt_dist.errors import DataError
+from rxt_dist.packages import require
 
 DOCUMENT_SEPARATOR = b"<|endoftext|>"
 ROW_BYTES = 4096  # what a row of a table counts for where the size of records matters

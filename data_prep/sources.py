@@ -14,16 +14,15 @@
 from __future__ import annotations
 
 import glob
-import importlib
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Literal
 
+from rxt_dist.data.remote import is_url, shown_url
 from rxt_dist.errors import DataError
+from rxt_dist.packages import require
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,6 @@ _TARS: dict[str, tuple[Format, Compression]] = {
     ".tar.zst": ("wds", "zst"),
 }
 EXTENSIONS = tuple(_FILES)
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
 @dataclass(frozen=True)
@@ -64,15 +62,12 @@ class Source:
     @property
     def is_remote(self) -> bool:
         """Whether it has to be fetched before it can be read."""
-        return _URL.match(self.location) is not None
+        return is_url(self.location)
 
     @property
     def shown(self) -> str:
         """The location without user name, password and query, which may hold secrets."""
-        if not self.is_remote:
-            return self.location
-        parts = urlsplit(self.location)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        return shown_url(self.location) if self.is_remote else self.location
 
     @property
     def full_name(self) -> str:
@@ -105,21 +100,8 @@ def resolve_inputs(inputs: Sequence[str | Path]) -> list[Source]:
     return sources
 
 
-def require(module: str, why: str, extra: str = "prep") -> Any:
-    """Import an optional package.
-
-    Raises:
-        DataError: it is not installed; the message says what needs it and how to install it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise DataError(f"reading {why} needs {package}: pip install rxt-dist[{extra}]") from error
-
-
 def _resolve(text: str) -> list[Source]:
-    if text.startswith("hf:") and not _URL.match(text):
+    if text.startswith("hf:") and not is_url(text):
         if not text[3:]:
             raise DataError("input hf: names no dataset; valid: hf:NAME, hf:NAME:SPLIT, hf:FOLDER")
         require("datasets", text, "huggingface")
@@ -147,7 +129,7 @@ def _extension(name: str, known: dict[str, tuple[Format, Compression]]) -> str |
 
 
 def _locations(text: str, known: dict[str, tuple[Format, Compression]]) -> list[str]:
-    if _URL.match(text):
+    if is_url(text):
         return _remote_locations(text, known)
     path = Path(text)
     if path.is_file():

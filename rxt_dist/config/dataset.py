@@ -65,7 +65,7 @@ def resolve_dataset(
     """
     if len(set(tokenizer_sha256.values())) > 1:
         hashes = tokenizer_sha256.items()
-        found = ", ".join(f"data.{name} ({_folder(config, name)}) has {sha[:12]}" for name, sha in hashes)
+        found = ", ".join(f"data.{name} ({_location(config, name)}) has {sha[:12]}" for name, sha in hashes)
         raise ConfigError(f"datasets: {found}; all datasets of a run must be made with the same tokenizer")
     missing = [name for name in TOKEN_NAMES.values() if name not in special_ids]
     if missing:
@@ -85,7 +85,7 @@ def resolve_dataset(
         raise ConfigError(f"datasets: {lines}") from error
 
 
-def _folder(config: RunConfig, name: str) -> Path:
+def _location(config: RunConfig, name: str) -> Path | str:
     kind, _, number = name.partition(".")
     return config.data.datasets(cast(DataKind, kind))[int(number or 0)].path
 

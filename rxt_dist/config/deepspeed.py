@@ -13,10 +13,13 @@ from rxt_dist.config.mesh import accumulation_steps, micro_units, step_units
 if TYPE_CHECKING:
     from rxt_dist.config.run import OptimizerConfig, RunConfig, StageConfig
 
+PERSISTENT_ELEMENTS = 100_000
+"""Parameters up to this size stay whole on every rank with ZeRO 3: a message for each would cost more than
+their memory."""
+
 _OPEN_BLOCKS = (
     "bf16",
     "comms_logger",
-    "communication_data_type",
     "csv_monitor",
     "dump_state",
     "flops_profiler",
@@ -30,8 +33,25 @@ _OPEN_BLOCKS = (
 )
 """Top-level DeepSpeed keys that a run may set. DeepSpeed ignores unknown ones, so a typo must end here."""
 
+_OPEN_ZERO_KEYS = (
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "contiguous_gradients",
+    "enable_sanity_checks",
+    "log_trace_cache_warnings",
+    "reduce_scatter",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_model_persistence_threshold",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+    "sub_group_size",
+    "use_multi_rank_bucket_allreduce",
+)
+"""Keys of ``zero_optimization`` that a run may set: they move bytes at other times or in other portions. What
+changes where a parameter lies in the shards, or what a gradient is rounded to, must not be set."""
+
 _FIXED_LOSS = "fixed, the loss is divided by the token counts of the whole step; remove it"
-_NOT_SUPPORTED = "not supported; remove it"
 
 _OWNED_KEYS = {
     "train_batch_size": "set batch.packs instead",
@@ -47,9 +67,7 @@ _OWNED_KEYS = {
     "zero_optimization.stage": "set zero.stage instead",
     "zero_optimization.reduce_bucket_size": "set zero.reduce_bucket_size instead",
     "zero_optimization.overlap_comm": "set zero.overlap_comm instead",
-    "zero_optimization.offload_optimizer": _NOT_SUPPORTED,
-    "zero_optimization.offload_param": _NOT_SUPPORTED,
-    "zero_optimization.zenflow": _NOT_SUPPORTED,
+    "zero_optimization.offload_optimizer": "set zero.offload_optimizer instead",
     "tensor_parallel": "set parallel.tensor_size instead",
     "expert_parallel": "set parallel.expert_size instead",
     "prescale_gradients": _FIXED_LOSS,
@@ -57,6 +75,8 @@ _OWNED_KEYS = {
     "gradient_allreduce_op": _FIXED_LOSS,
     "managed_gradient_accumulation": _FIXED_LOSS,
     "zero_allow_untested_optimizer": "fixed; remove it",
+    "zero_force_ds_cpu_optimizer": "fixed; remove it",
+    "communication_data_type": "set zero.reduce_dtype instead",
 }
 """DeepSpeed keys (dotted) that our own fields decide, and what to do instead of overriding them."""
 
@@ -76,6 +96,20 @@ def override_problems(overrides: Mapping[str, Any]) -> list[Problem]:
         elif isinstance(value, Mapping):
             owned = [f"{key}.{inner}" for inner in value if f"{key}.{inner}" in _OWNED_KEYS]
             problems += [Problem(dotted, f"cannot be set here; {_OWNED_KEYS[dotted]}") for dotted in owned]
+            if key == "zero_optimization":
+                problems += _zero_problems(value)
+    return problems
+
+
+def _zero_problems(overrides: Mapping[str, Any]) -> list[Problem]:
+    """Keys of ``zero_optimization`` that are neither ours nor open."""
+    problems = []
+    for key in overrides:
+        dotted = f"zero_optimization.{key}"
+        if key not in _OPEN_ZERO_KEYS and dotted not in _OWNED_KEYS:
+            close = get_close_matches(key, _OPEN_ZERO_KEYS, n=1, cutoff=0.8)
+            hint = f"did you mean {close[0]}?" if close else f"valid: {', '.join(_OPEN_ZERO_KEYS)}"
+            problems.append(Problem(dotted, f"cannot be set here; {hint}"))
     return problems
 
 
@@ -92,6 +126,15 @@ def expert_override_problems(overrides: Mapping[str, Any], field: str) -> list[P
     ]
 
 
+def cut_override_problems(overrides: Mapping[str, Any]) -> list[Problem]:
+    """What in a run's ``deepspeed`` block does not go with weights that are cut over ranks."""
+    zero = overrides.get("zero_optimization")
+    if not isinstance(zero, Mapping):
+        return []
+    keys = [key for key in ("contiguous_gradients", "reduce_scatter") if key in zero]
+    return [Problem(f"zero_optimization.{key}", "cannot be set with zero.stage 3; remove it") for key in keys]
+
+
 def deepspeed_config(
     config: RunConfig, stage: StageConfig, *, dp_size: int, optimizer: OptimizerConfig, fused: bool = False
 ) -> dict[str, Any]:
@@ -102,7 +145,12 @@ def deepspeed_config(
         dp_size: number of data-parallel ranks; must have passed ``check_world_size``.
         optimizer: the stage's settings, from ``stage_optimizer``.
         fused: whether AdamW runs as one kernel; for CUDA devices.
+
+    With ZeRO 3 gradients are averaged over ranks, which the engine compensates for: DeepSpeed sums them
+    only in the other stages.
     """
+    zero = config.zero
+    offloaded = zero.offload_optimizer == "cpu"
     accumulation = accumulation_steps(config, stage, dp_size)
     generated: dict[str, Any] = {
         "train_batch_size": step_units(config, stage).total,
@@ -110,7 +158,7 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.clip_norm,
         # The loss is already divided by the counts of the whole step.
-        "gradient_allreduce_op": "sum",
+        "gradient_allreduce_op": "mean" if zero.stage == 3 else "sum",
         "optimizer": {
             "type": "AdamW",
             "params": {
@@ -120,15 +168,18 @@ def deepspeed_config(
                 "weight_decay": optimizer.weight_decay,
                 # PyTorch's AdamW needs no compiler; DeepSpeed's own is built on first use.
                 "torch_adam": True,
-                "fused": fused,
+                # On the CPU the one kernel is vectorised, and exact.
+                "fused": fused or offloaded,
             },
         },
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
-            "stage": config.zero.stage,
-            "reduce_bucket_size": config.zero.reduce_bucket_size,
-            "overlap_comm": config.zero.overlap_comm,
-            "contiguous_gradients": True,
+            "stage": zero.stage,
+            "reduce_bucket_size": zero.reduce_bucket_size,
+            "overlap_comm": zero.overlap_comm,
+            # ZeRO 3 copies gradients once more for it, into a buffer of a whole bucket.
+            "contiguous_gradients": zero.stage < 3,
             "reduce_scatter": True,
         },
         "steps_per_print": float("inf"),
@@ -139,6 +190,16 @@ def deepspeed_config(
         # in every step, which costs a sixth of it.
         generated["bf16"] = {"enabled": True, "check_grad_overflow": False}
         # With ZeRO 1, fp32 accumulation would select another optimizer class of DeepSpeed.
-        if accumulation > 1 and config.zero.stage == 2:
+        if zero.stage > 1 and (accumulation > 1 or zero.reduce_dtype == "fp32"):
             generated["data_types"] = {"grad_accum_dtype": "fp32"}
+    if zero.reduce_dtype != "auto":
+        generated["communication_data_type"] = zero.reduce_dtype
+    if offloaded:
+        generated["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": fused}
+    if zero.stage == 3:
+        generated["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+            # It would replace torch's linear layer for the rest of the process.
+            "memory_efficient_linear": False,
+        }
     return deep_merge(generated, config.deepspeed)

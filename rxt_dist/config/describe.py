@@ -96,6 +96,9 @@ def _value(annotation: Any, constraints: list[Any]) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         outer = arguments[1:]
+        titles = [extra.title for extra in outer if isinstance(extra, FieldInfo) and extra.title]
+        if titles:
+            return titles[0]
         inner = [c for extra in outer for c in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
         return _value(arguments[0], [*inner, *constraints])
     if origin in (Union, types.UnionType):

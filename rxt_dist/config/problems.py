@@ -95,7 +95,9 @@ def _unknown_key(place: _Place, prefix: str) -> str:
 
 
 def _joined(alternatives: list[str]) -> str:
-    first, *rest = alternatives
+    texts = [text.removeprefix("must be ") for text in alternatives]
+    named = [any(text in other for other in texts if other != text) for text in texts]  # a path is text, too
+    first, *rest = [text for text, twice in zip(alternatives, named, strict=True) if not twice]
     return " or ".join([first, *(text.removeprefix("must be ") for text in rest)])
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from rxt_dist.config.base import Problem, Section, divisors, listed, report
-from rxt_dist.config.deepspeed import expert_override_problems, override_problems
+from rxt_dist.config.deepspeed import cut_override_problems, expert_override_problems, override_problems
 from rxt_dist.config.model import ModelConfig
 
 # A YAML text is a path and a YAML list is a pair; nothing else is converted.
@@ -20,6 +20,8 @@ StageName = Literal["joint_lm", "interaction_sft", "memory_attention", "smat"]
 Component = Literal["encoder", "decoder", "memory_attention"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 DataKind = Literal["text", "conversations"]
+DatasetUrl = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://.", title="URL")]
+DatasetLocation = ConfigPath | DatasetUrl
 DATA_KINDS: tuple[DataKind, ...] = get_args(DataKind)
 
 STAGE_DATA: dict[StageName, DataKind] = {
@@ -62,10 +64,14 @@ class ParallelConfig(Section):
 
 
 class ZeroConfig(Section):
-    """Sharding of optimizer state and gradients over the data-parallel ranks (DeepSpeed ZeRO)."""
+    """Sharding of optimizer state, gradients and weights over the data-parallel ranks (DeepSpeed ZeRO)."""
 
-    stage: int = Field(1, ge=1, le=2)
-    """1: optimizer state is sharded; 2: gradients too."""
+    stage: int = Field(1, ge=1, le=3)
+    """1: optimizer state is sharded; 2: gradients too; 3: weights too."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where optimizer state is kept and updated; none: on the device of the weights; cpu: in host memory."""
+    reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """In what gradients are summed over ranks; auto: the precision of the run."""
     reduce_bucket_size: int = Field(500_000_000, ge=1)
     """Gradient elements that are reduced together; larger is fewer messages and more memory."""
     overlap_comm: bool = True
@@ -75,45 +81,58 @@ class ZeroConfig(Section):
 class MixedDataset(Section):
     """One of several datasets that a stage reads."""
 
-    path: ConfigPath
-    """Dataset folder."""
+    path: DatasetLocation
+    """Dataset folder, or URL of one."""
     weight: int = Field(1, ge=1, le=1000)
     """Its share of the packs is `weight` divided by the sum over the list."""
 
 
-Datasets = ConfigPath | Annotated[list[MixedDataset], Field(min_length=1)] | None
+Datasets = DatasetLocation | Annotated[list[MixedDataset], Field(min_length=1)] | None
 
 
 class DataConfig(Section):
-    """Dataset folders made by `rxt-data`; a relative path is relative to the current folder."""
+    """Datasets made by `rxt-data`: folders, a relative path is relative to the current one, or their URLs."""
 
     text: Datasets = None
     """Dataset of documents for stage joint_lm, or a list of them as {path, weight}."""
     conversations: Datasets = None
     """Dataset of conversations for the stages after joint_lm; a list only for interaction_sft."""
+    cache_dir: ConfigPath | None = None
+    """Folder on a local disk for the shards that are fetched of URLs, which need it, and for joined indices,
+    with which a run over very many shards starts faster; the processes of a host share it."""
+    cache_bytes: int | None = Field(None, ge=1)
+    """Most bytes of shards in `cache_dir`: those not used for longest are removed; null: no limit."""
     on_corrupt: Literal["error", "skip"] = "error"
     """What a damaged block does; error: it ends the run; skip: its documents are left out, on all ranks."""
     max_corrupt_blocks: int = Field(16, ge=1)
-    """Most damaged blocks that are left out in a stage; one more ends the run."""
+    """Most damaged blocks that are left out in a run; one more ends it."""
     accept_changed: bool = False
     """Whether --resume goes on with another dataset than the run was started with, at its next epoch."""
 
     def datasets(self, kind: DataKind) -> list[MixedDataset]:
         """The datasets of ``kind``, also if it is a single one; empty if it is not set."""
-        value: Path | list[MixedDataset] | None = getattr(self, kind)
+        value: str | Path | list[MixedDataset] | None = getattr(self, kind)
         if value is None:
             return []
-        return [MixedDataset(path=value)] if isinstance(value, Path) else value
+        return value if isinstance(value, list) else [MixedDataset(path=value)]
 
     @model_validator(mode="after")
     def _check_datasets(self) -> Self:
-        problems = []
+        problems, urls = [], []
         for kind in DATA_KINDS:
             paths = [dataset.path for dataset in self.datasets(kind)]
             for number, path in enumerate(paths):
                 if path in paths[:number]:
                     valid = "it is in the list already; give it a larger weight instead"
                     problems.append(Problem(f"{kind}.{number}.path", f"found {path}; {valid}"))
+            urls += [path for path in paths if isinstance(path, str)]
+        if urls and self.cache_dir is None:
+            valid = "set it to a folder on a local disk, for the shards that are fetched"
+            problems.append(Problem("cache_dir", f"not set, but {urls[0]} is a URL; {valid}"))
+        if self.cache_bytes is not None and self.cache_dir is None:
+            problems.append(
+                Problem("cache_bytes", f"found {self.cache_bytes} without cache_dir; set that too")
+            )
         report(problems)
         return self
 
@@ -357,7 +376,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     """The mesh."""
     zero: ZeroConfig = Field(default_factory=ZeroConfig)
-    """Sharding of optimizer state and gradients."""
+    """Sharding of optimizer state, gradients and weights."""
     data: DataConfig = Field(default_factory=DataConfig)
     """The datasets."""
     batch: BatchConfig
@@ -422,17 +441,23 @@ class RunConfig(Section):
 
     def _engine_problems(self) -> list[Problem]:
         problems = [problem.under("deepspeed") for problem in override_problems(self.deepspeed)]
+        if self.zero.stage == 3:
+            problems += [problem.under("deepspeed") for problem in cut_override_problems(self.deepspeed)]
+            for field in ("expert_size", "tensor_size"):
+                if (size := getattr(self.parallel, field)) > 1:
+                    valid = f"parallel.{field} is {size} and needs whole weights; valid: 1, 2"
+                    problems.append(Problem("zero.stage", f"found 3, but {valid}"))
         sizes = self.parallel.model_dump()
-        field = next((name for name in ("expert_size", "tensor_size") if sizes[name] > 1), None)
-        if field is not None and self.model.decoder.moe is not None:
-            found = expert_override_problems(self.deepspeed, field)
+        spread = next((name for name in ("expert_size", "tensor_size") if sizes[name] > 1), None)
+        if spread is not None and self.model.decoder.moe is not None:
+            found = expert_override_problems(self.deepspeed, spread)
             problems += [problem.under("deepspeed") for problem in found]
         backend = self.runtime.attention_backend
         if backend in ("flash", "varlen") and self.precision != "bf16":
             valid = f"needs precision bf16, precision is {self.precision}; valid: auto, sdpa"
             problems.append(Problem("runtime.attention_backend", f"found {backend}; {valid}"))
         if self.runtime.compile and self.parallel.tensor_size > 1:
-            valid = "layers whose tensors are shared (parallel.tensor_size above 1) are not compiled; valid: false"
+            valid = "layers with parallel.tensor_size above 1 are not compiled; valid: false"
             problems.append(Problem("runtime.compile", f"found true; {valid}"))
         if self.runtime.compile and self.precision != "bf16":
             valid = f"needs precision bf16, precision is {self.precision}; valid: false"

@@ -1,5 +1,5 @@
-"""Datasets on disk and the path from them to training batches.
+"""Datasets in folders and at URLs, and the path from them to training batches.
 
-``blocks`` and ``format`` (shards and their indices), ``manifest`` and ``verify`` (whole datasets) and
-``tokens`` (tokenizers) know nothing about training.
+``blocks``, ``index`` and ``format`` (shards), ``manifest`` and ``verify`` (whole datasets), ``remote``,
+``cache`` and ``files`` (where their files are) and ``tokens`` (tokenizers) know nothing about training.
 """

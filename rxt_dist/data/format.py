@@ -9,22 +9,17 @@ that the order of training can be planned without reading a token.
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
-import operator
 import os
-import struct
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from rxt_dist.data.blocks import (
-    LENGTH_DTYPE,
     MAX_MARK,
     ROLE_ANSWER,
     ROLE_QUERY,
@@ -46,6 +41,7 @@ from rxt_dist.data.blocks import (
     token_dtype,
 )
 from rxt_dist.data.cutter import BLOCK_BYTES, BLOCK_DOCUMENTS, BlockCutter
+from rxt_dist.data.index import BLOCK_DTYPE, ShardIndex
 from rxt_dist.data.manifest import Kind, ShardInfo, Split
 from rxt_dist.errors import DataError
 from rxt_dist.files import fsync_folder
@@ -70,153 +66,6 @@ __all__ = [
     "text_block",
     "token_dtype",
 ]
-
-BLOCK_DTYPE = np.dtype(
-    [("offset", "<u8"), ("bytes", "<u8"), ("documents", "<u4"), ("tokens", "<u8"), ("crc32", "<u4")]
-)
-_INDEX_MAGIC = b"RXTINDEX"
-_INDEX_VERSION = 1
-_INDEX_PREFIX = struct.Struct("<8sII")  # magic, version, bytes of the JSON header
-_MAX_HEADER_BYTES = 4096
-_TEXT_ARRAYS = {"blocks": BLOCK_DTYPE, "document_tokens": LENGTH_DTYPE}
-_CONVERSATION_ARRAYS = {
-    **_TEXT_ARRAYS,
-    "interactions": LENGTH_DTYPE,
-    "system_tokens": LENGTH_DTYPE,
-    "query_tokens": LENGTH_DTYPE,
-    "answer_tokens": LENGTH_DTYPE,
-}
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """What a reader knows of one shard without opening it.
-
-    D documents (or conversations), I interactions of the whole shard, K blocks.
-    """
-
-    kind: Kind
-    dtype: np.dtype[Any]
-    blocks: npt.NDArray[Any]
-    """[K] of BLOCK_DTYPE: byte span in the tar (member headers included), documents, tokens, crc32 of the
-    span."""
-    document_tokens: npt.NDArray[np.uint32]
-    """[D] tokens of every document or conversation."""
-    interactions: npt.NDArray[np.uint32] | None = None
-    """[D] interactions of every conversation; None for text."""
-    system_tokens: npt.NDArray[np.uint32] | None = None
-    """[D], 0 = no system text; None for text."""
-    query_tokens: npt.NDArray[np.uint32] | None = None
-    """[I], special tokens included; None for text."""
-    answer_tokens: npt.NDArray[np.uint32] | None = None
-    """[I], special tokens included; None for text."""
-
-    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
-        names = _TEXT_ARRAYS if self.kind == "text" else _CONVERSATION_ARRAYS
-        return {name: np.ascontiguousarray(getattr(self, name), dtype) for name, dtype in names.items()}
-
-    def write(self, path: Path) -> None:
-        """Write atomically (temporary file, fsync, rename)."""
-        arrays = self._arrays()
-        header = {
-            "kind": self.kind,
-            "dtype": self.dtype.name,
-            "arrays": [[name, len(array)] for name, array in arrays.items()],
-        }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        parts = [_INDEX_PREFIX.pack(_INDEX_MAGIC, _INDEX_VERSION, len(text)), text]
-        data = b"".join([*parts, *(array.tobytes() for array in arrays.values())])
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            file.write(data + struct.pack("<I", zlib.crc32(data)))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-    @classmethod
-    def read(cls, path: Path | str, sha256: str | None = None) -> ShardIndex:
-        """Read and check an index; ``sha256``: what the file must hash to.
-
-        Raises:
-            DataError: missing, damaged, of another version, or inconsistent. The size of the file is compared
-                with what its header implies before the arrays are read.
-        """
-        try:
-            with open(path, "rb") as file:
-                arrays_start, header = _read_header(file, os.fstat(file.fileno()).st_size)
-                file.seek(0)
-                data = file.read()
-            index = cls._parse(data, arrays_start, header)
-            index._check()
-            if sha256 not in (None, hashlib.sha256(data).hexdigest()):
-                raise DataError("its sha256 is not that of the manifest")
-        except OSError as error:
-            raise DataError(f"{path}: cannot read the index: {error.strerror}") from error
-        except (DataError, struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{path} is damaged: {error}") from error
-        return index
-
-    @classmethod
-    def _parse(cls, data: bytes, position: int, header: _IndexHeader) -> ShardIndex:
-        if struct.unpack("<I", data[-4:])[0] != zlib.crc32(memoryview(data)[:-4]):
-            raise DataError("its crc32 does not match its content")
-        arrays: dict[str, npt.NDArray[Any]] = {}
-        for name, (dtype, count) in header.arrays.items():
-            arrays[name] = np.frombuffer(data, dtype, count, position)
-            position += arrays[name].nbytes
-        return cls(kind=header.kind, dtype=header.dtype, **arrays)
-
-    def _check(self) -> None:
-        """The arrays agree with each other."""
-        if int(self.blocks["documents"].sum(dtype=np.int64)) != len(self.document_tokens):
-            raise DataError("documents of the blocks do not add up")
-        if int(self.blocks["tokens"].sum(dtype=np.int64)) != int(self.document_tokens.sum(dtype=np.int64)):
-            raise DataError("tokens of the blocks do not add up")
-        if self.kind == "text":
-            return
-        interactions, system, query, answer = (
-            cast(npt.NDArray[np.uint32], getattr(self, name)) for name in list(_CONVERSATION_ARRAYS)[2:]
-        )
-        if not len(interactions) == len(system) == len(self.document_tokens):
-            raise DataError("arrays of conversations differ in length")
-        if not int(interactions.sum(dtype=np.int64)) == len(query) == len(answer):
-            raise DataError("interactions do not add up")
-        if sum(int(a.sum(dtype=np.int64)) for a in (system, query, answer)) != int(
-            self.document_tokens.sum(dtype=np.int64)
-        ):
-            raise DataError("tokens of the segments do not add up")
-
-
-@dataclass(frozen=True)
-class _IndexHeader:
-    kind: Kind
-    dtype: np.dtype[Any]
-    arrays: dict[str, tuple[np.dtype[Any], int]]
-    """Type and length of every array, in the order of the file."""
-
-
-def _read_header(file: BinaryIO, size: int) -> tuple[int, _IndexHeader]:
-    """Where the arrays begin, and the header of an index file of ``size`` bytes."""
-    start = file.read(_INDEX_PREFIX.size)
-    if len(start) < _INDEX_PREFIX.size or start[:8] != _INDEX_MAGIC:
-        raise DataError("not a shard index")
-    _, version, header_bytes = _INDEX_PREFIX.unpack(start)
-    if version != _INDEX_VERSION:
-        raise DataError(f"index version {version}; this version of rxt-dist reads {_INDEX_VERSION}")
-    if header_bytes > _MAX_HEADER_BYTES:
-        raise DataError(f"a header of {header_bytes} bytes; it has at most {_MAX_HEADER_BYTES}")
-    header = json.loads(file.read(header_bytes))
-    kind = header["kind"]
-    dtypes = {"text": _TEXT_ARRAYS, "conversations": _CONVERSATION_ARRAYS}[kind]
-    lengths = dict(header["arrays"])
-    if list(lengths) != list(dtypes) or header["dtype"] not in ("uint16", "uint32"):
-        raise DataError("unknown arrays or token type in the header")
-    arrays = {name: (dtype, operator.index(lengths[name])) for name, dtype in dtypes.items()}
-    begin = _INDEX_PREFIX.size + header_bytes
-    expected = begin + sum(dtype.itemsize * count for dtype, count in arrays.values()) + 4
-    if size != expected or any(count < 0 for _, count in arrays.values()):
-        raise DataError(f"it has {size} bytes, its header implies {expected}")
-    return begin, _IndexHeader(kind, np.dtype(header["dtype"]).newbyteorder("<"), arrays)
 
 
 class ShardWriter:
@@ -312,7 +161,7 @@ class ShardWriter:
             for (offset, size), tokens, crc in zip(self._spans, lengths, crcs, strict=True)
         ]
         columns = {
-            name: np.concatenate([part[name] for part in self._columns]).astype(LENGTH_DTYPE)
+            name: np.concatenate([part[name] for part in self._columns]).astype(np.uint32)
             for name in self._columns[0]
         }
         return ShardIndex(self.kind, self.dtype, np.array(rows, BLOCK_DTYPE), **columns)

@@ -20,7 +20,7 @@ from rxt_dist.files import fsync_folder, write_synced
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 FORMAT_VERSION = 1
-_MAX_MANIFEST_BYTES = 256 << 20
+MAX_MANIFEST_BYTES = 256 << 20
 
 Kind = Literal["text", "conversations"]
 Split = Literal["train", "val"]
@@ -172,33 +172,55 @@ def load_manifest(folder: Path) -> Manifest:
         DataError: no such folder or manifest, not JSON, an unknown version, wrong fields, or a
             fingerprint that does not match the content.
     """
+    return parse_manifest(read_manifest(folder), str(folder / MANIFEST_FILE))
+
+
+def read_manifest(folder: Path) -> bytes:
+    """The content of ``folder/manifest.json``. Raises DataError if there is none, or a far too large one."""
     path = folder / MANIFEST_FILE
     if not folder.is_dir():
         raise DataError(f"{folder} is not a dataset: no such folder")
     if not path.is_file():
         raise DataError(f"{folder} has no {MANIFEST_FILE}: it is not a dataset, or an incomplete one")
-    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise DataError(
-            f"{path} has {path.stat().st_size} bytes; a manifest has at most {_MAX_MANIFEST_BYTES}"
+            f"{path} has {path.stat().st_size} bytes; a manifest has at most {MAX_MANIFEST_BYTES}"
         )
+    return path.read_bytes()
+
+
+def parse_manifest(data: bytes, name: str, *, known: bool = False) -> Manifest:
+    """A manifest from the content of its file, which messages call ``name``; see :func:`load_manifest`.
+
+    ``known``: these bytes have been checked before, so that the fingerprint is not computed again.
+    """
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: not JSON ({error})") from error
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError as error:
+        raise DataError(_problem(data, name, error)) from error
+    if manifest.format_version != FORMAT_VERSION:
+        raise DataError(_other_version(name, manifest.format_version))
+    if not known and manifest.fingerprint != fingerprint_of(manifest):
+        raise DataError(f"{name} is damaged: its fingerprint does not match its content")
+    return manifest
+
+
+def _problem(data: bytes, name: str, error: ValidationError) -> str:
+    """What is wrong with a manifest that is not valid: another version has other fields."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as malformed:
+        return f"{name} is damaged: not JSON ({malformed})"
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
-        raise DataError(
-            f"{path} has format_version {version!r}; this version of rxt-dist reads {FORMAT_VERSION}"
-        )
-    try:
-        manifest = Manifest.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path} is damaged: {field}: {first['msg']}") from error
-    if manifest.fingerprint != fingerprint_of(manifest):
-        raise DataError(f"{path} is damaged: its fingerprint does not match its content")
-    return manifest
+        return _other_version(name, version)
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    return f"{name} is damaged: {field}: {first['msg']}"
+
+
+def _other_version(name: str, version: object) -> str:
+    return f"{name} has format_version {version!r}; this version of rxt-dist reads {FORMAT_VERSION}"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

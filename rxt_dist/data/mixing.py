@@ -40,7 +40,7 @@ class MixedPieces:
         for part in parts[1:]:
             if part.dataset.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
                 raise DataError(
-                    f"{part.dataset.folder} was not made with the tokenizer of {first.folder}; datasets that "
+                    f"{part.dataset.name} was not made with the tokenizer of {first.name}; datasets that "
                     "are mixed must share one"
                 )
         self.parts = list(parts)
@@ -83,20 +83,14 @@ class MixedPieces:
 
     def damage(self) -> Mapping[BlockId, str]:
         """The damaged blocks that :meth:`lost` has met, each with a sentence."""
-        return {
-            (number, block): message
-            for number, part in enumerate(self.parts)
-            for (_, block), message in part.damage().items()
-        }
+        return {block: message for part in self.parts for block, message in part.damage().items()}
 
     def lose(self, blocks: Iterable[BlockId]) -> None:
-        """Count ``blocks`` as damaged without looking at them. Raises DataError if there is no such block."""
-        for number, block in blocks:
-            if not 0 <= number < len(self.parts):
-                raise DataError(
-                    f"data state: the stage has {len(self.parts)} datasets, found number {number}"
-                )
-            self.parts[number].lose([(0, block)])
+        """Count ``blocks`` as damaged without looking at them; those of other datasets do not matter.
+        Raises DataError if there is no such block."""
+        blocks = list(blocks)
+        for part in self.parts:
+            part.lose(blocks)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from rxt_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-BlockId = tuple[int, int]
-"""A block of the data of a stage: the number of the dataset, and of the block in its split."""
+BlockId = tuple[str, int]
+"""A block of training data: the fingerprint of the dataset, and the number of the block in its split."""
 Int32Array = npt.NDArray[np.int32]
 
 
@@ -67,7 +67,8 @@ class PieceSource(Protocol):
         """The damaged blocks that :meth:`lost` has met, each with a sentence."""
 
     def lose(self, blocks: Iterable[BlockId]) -> None:
-        """Count ``blocks`` as damaged without looking at them. Raises DataError if there is no such block."""
+        """Count ``blocks`` as damaged without looking at them; those of other datasets do not matter.
+        Raises DataError if there is no such block."""
 
 
 class _Pieces(ABC):
@@ -76,9 +77,9 @@ class _Pieces(ABC):
     def __init__(self, dataset: Dataset, kind: Kind, seq_len: int) -> None:
         unit = {"text": "documents", "conversations": "conversations"}
         if dataset.kind != kind:
-            raise DataError(f"{dataset.folder} holds {dataset.kind}, this stage needs {kind}")
+            raise DataError(f"{dataset.name} holds {dataset.kind}, this stage needs {kind}")
         if dataset.num_documents == 0:
-            raise DataError(f"{dataset.folder} has no {dataset.split} {unit[kind]}")
+            raise DataError(f"{dataset.name} has no {dataset.split} {unit[kind]}")
         self.dataset = dataset
         self.seq_len = seq_len
         self.lengths: Int32Array
@@ -110,11 +111,12 @@ class _Pieces(ABC):
 
     def damage(self) -> Mapping[BlockId, str]:
         """The damaged blocks that :meth:`lost` has met, each with a sentence."""
-        return {(0, block): message for block, message in self.dataset.damage().items()}
+        return {(self.dataset.fingerprint, block): text for block, text in self.dataset.damage().items()}
 
     def lose(self, blocks: Iterable[BlockId]) -> None:
-        """Count ``blocks`` as damaged without looking at them. Raises DataError if there is no such block."""
-        self.dataset.lose(block for _, block in blocks)
+        """Count ``blocks`` as damaged without looking at them; those of other datasets do not matter.
+        Raises DataError if there is no such block."""
+        self.dataset.lose(block for dataset, block in blocks if dataset == self.dataset.fingerprint)
 
 
 class TextPieces(_Pieces):
@@ -180,7 +182,7 @@ class InteractionPieces(_Pieces):
         if self.truncated:
             logger.warning(
                 "%s: %d of %d %s interactions are longer than seq_len %d and are cut",
-                dataset.folder,
+                dataset.name,
                 self.truncated,
                 len(self.lengths),
                 dataset.split,

@@ -10,9 +10,7 @@ Shape legend: D documents (or conversations), I interactions, K blocks, n spans.
 
 from __future__ import annotations
 
-import logging
 import mmap
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -24,18 +22,17 @@ import numpy as np
 import numpy.typing as npt
 
 from rxt_dist.data.blocks import ROLE_ANSWER, ROLE_QUERY, ROLE_SYSTEM, ConversationBlock, TextBlock
-from rxt_dist.data.format import BLOCK_DTYPE, ShardIndex, read_block
-from rxt_dist.data.manifest import Kind, ShardInfo, Split, load_manifest
+from rxt_dist.data.files import DatasetFiles, LocalFiles, in_parallel
+from rxt_dist.data.format import ShardIndex, read_block
+from rxt_dist.data.manifest import Kind, Split
+from rxt_dist.data.remote import UnreachableError
+from rxt_dist.data.split import SplitIndex
 from rxt_dist.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 BoolArray = npt.NDArray[np.bool_]
 Int64Array = npt.NDArray[np.int64]
-UInt32Array = npt.NDArray[np.uint32]
 UInt8Array = npt.NDArray[np.uint8]
 
-_OPEN_SHARDS = 256  # each holds a file descriptor
 _UNVERIFIED = -1
 _DAMAGED = -2
 _NO_MARKS = -1
@@ -61,62 +58,61 @@ class _OpenShard:
     octets: UInt8Array  # the same bytes
 
 
-def _starts(counts: npt.NDArray[Any]) -> Int64Array:
-    """Exclusive prefix sums with the total at the end: int64 [len + 1]."""
-    starts = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, dtype=np.int64, out=starts[1:])
-    return starts
-
-
-def _offsets(tokens: UInt32Array, block_documents: Int64Array) -> npt.NDArray[np.unsignedinteger[Any]]:
-    """Tokens before each document in its block: [D], in the least type that holds them."""
-    starts = _starts(tokens)
-    starts -= np.repeat(starts[block_documents], np.diff(block_documents, append=len(starts)))
-    return starts[:-1].astype(np.min_scalar_type(int(starts[:-1].max(initial=0))))
-
-
 class Dataset:
-    """One split of a dataset folder.
+    """One split of a dataset.
 
     Reading is safe from several threads. Damage is reported before any token of the damaged block is
     delivered. With ``skip_corrupt`` a reader that asks :meth:`lost` first never meets it.
     """
 
-    def __init__(self, folder: Path, split: Split, *, skip_corrupt: bool = False) -> None:
-        """Load the manifest and every index of the split; no shard is opened yet.
+    def __init__(
+        self,
+        files: DatasetFiles | Path,
+        split: Split,
+        *,
+        skip_corrupt: bool = False,
+        index: SplitIndex | None = None,
+    ) -> None:
+        """Load the index of the split of ``files``, or of a dataset folder; no shard is opened yet.
 
-        With ``skip_corrupt`` a shard that is missing or has the wrong size is only a warning: its blocks
-        are damaged. Without the indices there is no order to train in, so they must always be sound.
+        ``index`` is that of the split, if it has been loaded before. With ``skip_corrupt`` a shard that is
+        missing or has the wrong size is only a warning: its blocks are damaged. Without the indices there is
+        no order to train in, so they must always be sound.
 
         Raises:
             DataError: the manifest or an index is missing or damaged, or a shard is missing or has
                 another size than the manifest says.
         """
-        self.folder = folder
+        self._files = LocalFiles(files) if isinstance(files, Path) else files
         self.split: Split = split
         self.skip_corrupt = skip_corrupt
-        self.manifest = load_manifest(folder)
+        self.manifest = self._files.manifest
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._shards = self.manifest.shards_of(split)
-        # Plain strings: a dataset may have 100,000 shards, and paths are slow.
-        base = f"{folder / split}{os.sep}"
-        indices = [
-            ShardIndex.read(f"{base}{shard.name.removesuffix('.tar')}.idx", shard.idx_sha256)
-            for shard in self._shards
-        ]
-        for shard in self._shards:
-            try:
-                self._check_size(shard, f"{base}{shard.name}")
-            except DataError as error:
-                if not skip_corrupt:
-                    raise
-                logger.warning("%s", error)
-        self._join(indices)
+        index = index or SplitIndex.load(self._files, split, skip_corrupt=skip_corrupt)
+        self.index = index
+        self.document_tokens = index.document_tokens
+        """uint32 [D] tokens of every document; of all segments of a conversation."""
+        self.interactions = index.interactions
+        """uint32 [D] interactions of every conversation; [0] for text."""
+        self.system_tokens = index.system_tokens
+        """uint32 [D] tokens of the system segment, 0 = none; [0] for text."""
+        self.query_tokens = index.query_tokens
+        """uint32 [I]; [0] for text."""
+        self.answer_tokens = index.answer_tokens
+        """uint32 [I]; [0] for text."""
+        self.interaction_starts = index.interaction_starts
+        """int64 [D + 1] number of the first interaction of every conversation, ends with I."""
         self._lock = threading.Lock()
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._token_address = np.full(len(self._blocks), _UNVERIFIED, dtype=np.int64)
-        self._mark_address = np.full(len(self._blocks), _NO_MARKS, dtype=np.int64)
+        self._token_address = np.full(len(index.blocks), _UNVERIFIED, dtype=np.int64)
+        self._mark_address = np.full(len(index.blocks), _NO_MARKS, dtype=np.int64)
         self._damage: dict[int, str] = {}
+
+    @property
+    def name(self) -> str:
+        """Folder or URL of the dataset, for messages."""
+        return self._files.name
 
     @property
     def kind(self) -> Kind:
@@ -132,40 +128,6 @@ class Dataset:
     def num_documents(self) -> int:
         """Documents (text) or conversations of the split; may be 0."""
         return len(self.document_tokens)
-
-    def _check_size(self, shard: ShardInfo, path: Path | str) -> None:
-        try:
-            size = os.stat(path).st_size
-        except OSError as error:
-            raise DataError(f"{path}: cannot open the shard: {error.strerror}") from error
-        if size != shard.bytes:
-            raise DataError(f"{path} is damaged: it has {size} bytes, the manifest says {shard.bytes}")
-
-    def _join(self, indices: list[ShardIndex]) -> None:
-        def joined(name: str) -> UInt32Array:
-            parts = [getattr(index, name) for index in indices]
-            present = [part for part in parts if part is not None]
-            return np.concatenate(present) if present else np.zeros(0, dtype=np.uint32)
-
-        self.document_tokens = joined("document_tokens")
-        """uint32 [D] tokens of every document; of all segments of a conversation."""
-        self.interactions = joined("interactions")
-        """uint32 [D] interactions of every conversation; [0] for text."""
-        self.system_tokens = joined("system_tokens")
-        """uint32 [D] tokens of the system segment, 0 = none; [0] for text."""
-        self.query_tokens = joined("query_tokens")
-        """uint32 [I]; [0] for text."""
-        self.answer_tokens = joined("answer_tokens")
-        """uint32 [I]; [0] for text."""
-        self.interaction_starts = _starts(self.interactions)
-        """int64 [D + 1] number of the first interaction of every conversation, ends with I."""
-        self._interaction_token_starts = _starts(self.query_tokens.astype(np.int64) + self.answer_tokens)
-        # As bytes, because joining records compares their types one by one.
-        octets = [index.blocks.view(np.uint8) for index in indices]
-        self._blocks = np.concatenate([np.zeros(0, np.uint8), *octets]).view(BLOCK_DTYPE)
-        self._block_documents = _starts(self._blocks["documents"])
-        self._shard_blocks = _starts(np.array([len(index.blocks) for index in indices], dtype=np.int64))
-        self._document_offsets = _offsets(self.document_tokens, self._block_documents)
 
     def text_document(self, document: int) -> Int64Array:
         """Tokens of one text document. Raises DataError if its block is damaged."""
@@ -192,11 +154,7 @@ class Dataset:
     def locate_interactions(self, interactions: npt.ArrayLike) -> tuple[Int64Array, Int64Array]:
         """Conversation of each interaction (numbered over the split), and the offset of its query in
         that conversation's tokens: two int64 [n]."""
-        numbers = np.asarray(interactions, dtype=np.int64)
-        conversations = np.searchsorted(self.interaction_starts, numbers, side="right") - 1
-        first = self.interaction_starts[conversations]
-        offsets = self._interaction_token_starts[numbers] - self._interaction_token_starts[first]
-        return conversations, offsets + self.system_tokens[conversations]
+        return self.index.locate_interactions(np.asarray(interactions, dtype=np.int64))
 
     def lost(self, documents: Int64Array) -> BoolArray:
         """Which documents [n] cannot be read because their block is damaged: bool [n].
@@ -205,10 +163,14 @@ class Dataset:
         """
         if not self.skip_corrupt:
             return np.zeros(len(documents), dtype=np.bool_)
-        blocks = self._block_of(documents)
-        for block in np.unique(blocks[self._token_address[blocks] == _UNVERIFIED]).tolist():
+        blocks = self.index.block_of(documents)
+        unverified = np.unique(blocks[self._token_address[blocks] == _UNVERIFIED])
+        self._open_together(self.index.shard_of(unverified))
+        for block in unverified.tolist():
             try:
                 self._verify(block)
+            except UnreachableError:
+                raise
             except DataError as error:
                 self._lose(block, str(error))
         return np.equal(self._token_address[blocks], _DAMAGED)
@@ -224,10 +186,12 @@ class Dataset:
             DataError: there is no such block.
         """
         for block in blocks:
-            if not 0 <= block < len(self._blocks):
-                raise DataError(f"data state: {self.folder} has {len(self._blocks)} blocks, found {block}")
-            shard, number = self._place(block)
-            self._lose(block, f"{self._shards[shard].path_in(self.folder)} was damaged: block {number}")
+            if not 0 <= block < len(self._token_address):
+                raise DataError(
+                    f"data state: {self.name} has {len(self._token_address)} blocks, found {block}"
+                )
+            shard, number = self.index.place(block)
+            self._lose(block, f"{self._files.shard_name(self._shards[shard])} was damaged: block {number}")
 
     def _lose(self, block: int, message: str) -> None:
         self._damage[block] = message
@@ -271,8 +235,9 @@ class Dataset:
         runs, first = [], 0
         while first < len(shards):
             last = len(shards)
-            while len(needed := np.unique(shards[first:last])) > _OPEN_SHARDS:
+            while len(needed := np.unique(shards[first:last])) > self._files.open_shards:
                 last = first + (last - first) // 2
+            self._open_together(needed)
             views = {shard: getattr(self._open(shard), view) for shard in needed.tolist()}
             columns = (column[first:last].tolist() for column in (shards, starts, lengths))
             parts = [
@@ -287,56 +252,70 @@ class Dataset:
         self, documents: Int64Array, offsets: npt.NDArray[Any]
     ) -> tuple[Int64Array, Int64Array, Int64Array]:
         """Shard, element of the token view, and byte of the mark (negative: no marks) where spans start."""
-        blocks = self._block_of(documents)
-        shards = np.searchsorted(self._shard_blocks, blocks, side="right") - 1
-        for block in np.unique(blocks[self._token_address[blocks] < 0]).tolist():
+        blocks = self.index.block_of(documents)
+        shards = self.index.shard_of(blocks)
+        unverified = np.unique(blocks[self._token_address[blocks] < 0])
+        self._open_together(self.index.shard_of(unverified))
+        for block in unverified.tolist():
             if block in self._damage:
                 raise DataError(self._damage[block])
             self._verify(block)
-        inside = self._document_offsets[documents].astype(np.int64) + offsets
+        inside = self.index.document_offsets[documents].astype(np.int64) + offsets
         marks = self._mark_address[blocks]
         return shards, self._token_address[blocks] + inside, np.where(marks >= 0, marks + inside, _NO_MARKS)
 
-    def _block_of(self, documents: Int64Array) -> Int64Array:
-        return np.searchsorted(self._block_documents, documents, side="right") - 1
-
-    def _place(self, block: int) -> tuple[int, int]:
-        """Shard of a block, and the number of the block in it."""
-        shard = int(np.searchsorted(self._shard_blocks, block, side="right")) - 1
-        return shard, block - int(self._shard_blocks[shard])
-
     def _open(self, shard: int) -> _OpenShard:
+        info = self._shards[shard]
         with self._lock:
             opened = self._open_shards.get(shard)
-            if opened is None:
-                path = self._shards[shard].path_in(self.folder)
-                self._check_size(self._shards[shard], path)
-                try:
-                    with path.open("rb") as file:
-                        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                except (OSError, ValueError) as error:
-                    raise DataError(f"{path}: cannot open the shard: {error}") from error
-                tokens = np.frombuffer(data, self._dtype)
-                opened = _OpenShard(data, tokens, np.frombuffer(data, np.uint8))
-                self._open_shards[shard] = opened
-                if len(self._open_shards) > _OPEN_SHARDS:
-                    self._open_shards.popitem(last=False)
-            else:
+            if opened is not None:
                 self._open_shards.move_to_end(shard)
-            return opened
+                self._files.touch(info)
+                return opened
+        with self._files.open_shard(info) as file:
+            try:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                name = self._files.shard_name(info)
+                raise DataError(f"{name}: cannot open the shard: {error}") from error
+        opened = _OpenShard(data, np.frombuffer(data, self._dtype), np.frombuffer(data, np.uint8))
+        with self._lock:
+            self._open_shards[shard] = opened
+            while len(self._open_shards) > self._files.open_shards:
+                self._open_shards.popitem(last=False)
+        return opened
+
+    def _open_together(self, shards: Int64Array) -> None:
+        """Fetch those of ``shards`` that a remote dataset has to fetch, several at once, as far as they can
+        be open together. What is damaged is found again by who needs it."""
+        if not self._files.is_remote:
+            return
+        needed = np.unique(shards).tolist()
+        missing = [shard for shard in needed if shard not in self._open_shards][: self._files.open_shards]
+
+        def fetch(shard: int) -> None:
+            try:
+                self._open(shard)
+            except UnreachableError:
+                raise
+            except DataError:
+                pass
+
+        if len(missing) > 1:
+            list(in_parallel(fetch, missing))
 
     def _verify(self, block: int) -> None:
         """Check a block and remember where its tokens and marks are. Two threads may do it at once: they
         write the same numbers."""
-        shard, number = self._place(block)
+        shard, number = self.index.place(block)
         opened = self._open(shard)
-        rows = self._blocks[self._shard_blocks[shard] : self._shard_blocks[shard + 1]]
-        index = ShardIndex(self.kind, self._dtype, rows, np.zeros(0, dtype=np.uint32))
+        index = ShardIndex(self.kind, self._dtype, self.index.blocks_of(shard), np.zeros(0, dtype=np.uint32))
         try:
             decoded = read_block(opened.data, index, number)
             self._check_lengths(block, number, decoded)
         except DataError as error:
-            raise DataError(f"{self._shards[shard].path_in(self.folder)} is damaged: {error}") from error
+            name = self._files.shard_name(self._shards[shard])
+            raise DataError(f"{name} is damaged: {error}") from error
         # The arrays of a decoded block are views of the mapped file, so addresses give places in it.
         base = opened.octets.ctypes.data
         if isinstance(decoded, ConversationBlock) and decoded.marks is not None:
@@ -345,7 +324,7 @@ class Dataset:
 
     def _check_lengths(self, block: int, number: int, decoded: TextBlock | ConversationBlock) -> None:
         """The order of training was planned from the index: what is read must have the same lengths."""
-        documents = slice(int(self._block_documents[block]), int(self._block_documents[block + 1]))
+        documents = self.index.documents_of(block)
         if isinstance(decoded, TextBlock):
             same = np.array_equal(np.diff(decoded.document_starts), self.document_tokens[documents])
         else:

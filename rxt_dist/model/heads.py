@@ -67,14 +67,13 @@ class MLMHead(nn.Module):
     def initial_distributions(self) -> dict[str, Distribution]:
         return dict.fromkeys(("weight", "bias"), linear_default(self.weight.shape[1]))
 
-    @compiled
-    def features(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[m, D] -> [m, D]."""
-        found: torch.Tensor = self.norm(F.gelu(self.dense(hidden)))
-        return found
-
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor | Loss:
-        features = self.features(hidden)
+        features = self._features(hidden)
         if targets is None:
             return features
         return linear_cross_entropy(features, self.weight, self.bias, targets, CROSS_ENTROPY_CHUNK)
+
+    @compiled
+    def _features(self, hidden: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.norm(F.gelu(self.dense(hidden)))
+        return features

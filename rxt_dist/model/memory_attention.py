@@ -186,7 +186,7 @@ class MemoryAttention(nn.Module):
     ) -> torch.Tensor:
         self._check(stm, encoded, layout)
         groups = MemoryGroups.of(layout, self.layers, stm.shape[2])
-        dtype = self.attention.q.weight.dtype
+        dtype = self.attention.dtype
         rotation = self.rope.rotation(layout.positions, self.head_width, dtype)
         return self._write(stm, encoded, layout.sequence_ids, groups, rotation, present, gates)
 

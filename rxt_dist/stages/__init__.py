@@ -7,7 +7,7 @@ from rxt_dist.config.run import STAGE_DATA, StageName
 from rxt_dist.data.manifest import Split
 from rxt_dist.data.mixing import MixedPieces
 from rxt_dist.data.pieces import InteractionPieces, TextPieces
-from rxt_dist.data.reader import Dataset
+from rxt_dist.data.store import DatasetStore
 from rxt_dist.errors import ConfigError
 from rxt_dist.model import RxTModel
 from rxt_dist.stages.base import StageModule, Term
@@ -15,7 +15,7 @@ from rxt_dist.stages.memory_attention import MemoryAttentionModule
 from rxt_dist.stages.smat import SmatModule
 from rxt_dist.stages.text import TextStageModule
 
-__all__ = ["Pieces", "StageModule", "Term", "TextStageModule", "build_stage", "open_pieces"]
+__all__ = ["Pieces", "StageModule", "Term", "TextStageModule", "build_stage", "dataset_store", "open_pieces"]
 
 Pieces = TextPieces | InteractionPieces | MixedPieces
 
@@ -32,8 +32,18 @@ def build_stage(model: RxTModel, config: RunConfig, stage: StageConfig) -> Stage
     return _MODULES[stage.name](model, config, stage)
 
 
-def open_pieces(config: RunConfig, stage: StageConfig, split: Split) -> Pieces:
-    """Training units of ``split`` in the dataset or datasets the stage reads.
+def dataset_store(config: RunConfig) -> DatasetStore:
+    """Where the stages of a run get their datasets from. Raises DataError for an unusable cache folder."""
+    data = config.data
+    return DatasetStore(
+        cache_dir=data.cache_dir, cache_bytes=data.cache_bytes, skip_corrupt=data.on_corrupt == "skip"
+    )
+
+
+def open_pieces(
+    config: RunConfig, stage: StageConfig, split: Split, store: DatasetStore | None = None
+) -> Pieces:
+    """Training units of ``split`` in the dataset or datasets the stage reads, which may be in ``store``.
 
     Raises :class:`ConfigError` when no dataset is set, DataError when one lacks the split.
     """
@@ -43,12 +53,9 @@ def open_pieces(config: RunConfig, stage: StageConfig, split: Split) -> Pieces:
         raise ConfigError(f"data.{kind} is not set; stage {stage.name} needs it")
     if stage.uses_lanes and len(datasets) > 1:
         raise ConfigError(f"data.{kind}: found {len(datasets)} datasets, stage {stage.name} reads only one")
+    store = store or dataset_store(config)
     pieces_of = TextPieces if kind == "text" else InteractionPieces
-    skip = config.data.on_corrupt == "skip"
-    parts = [
-        pieces_of(Dataset(dataset.path, split, skip_corrupt=skip), config.model.seq_len)
-        for dataset in datasets
-    ]
+    parts = [pieces_of(store.dataset(dataset.path, split), config.model.seq_len) for dataset in datasets]
     if len(parts) == 1:
         return parts[0]
     return MixedPieces(parts, [dataset.weight for dataset in datasets])

@@ -16,16 +16,16 @@ from rxt_dist.train.engine import StageEngine
 def build_module(
     config: RunConfig, stage: StageConfig, world: World, load: Callable[[RxTModel], None] | None = None
 ) -> tuple[RxTModel, StageModule]:
-    """This rank's part of the model, in fp32, and the stage over it on the rank's device.
+    """This rank's part of the model, in fp32, and the stage over it, on the host.
 
-    ``load`` may replace the fresh weights before they leave the host.
+    ``load`` may replace the fresh weights.
     """
     mesh = Mesh(world.size, config.parallel.tensor_size, config.parallel.expert_size)
     model = build_model(config.model, config.seed, lambda whole: parallelize(whole, mesh, world.rank))
     if load is not None:
         load(model)
     module = build_stage(model, config, stage)
-    return model, module.to(world.device)
+    return model, module
 
 
 def build_engine(

@@ -26,8 +26,8 @@ class CorruptBlocks:
     """
 
     def __init__(self, *, skip: bool, limit: int, known: Iterable[BlockId] = (), copies: int = 1) -> None:
-        """``known``: blocks of the stage that were left out before; ``copies``: ranks that read the same part
-        of the data. Collective with ``skip``.
+        """``known``: blocks that the run left out before; ``copies``: ranks that read the same part of the
+        data. Collective with ``skip``.
 
         The ranks speak over the host, so that the accelerator's queue is not waited for.
         """
@@ -41,7 +41,7 @@ class CorruptBlocks:
 
     @property
     def blocks(self) -> list[BlockId]:
-        """Damaged blocks that any rank has met in this stage, in ascending order."""
+        """Damaged blocks that any rank has met in this run, in ascending order."""
         return sorted(self._known)
 
     def agree(
@@ -84,7 +84,7 @@ class CorruptBlocks:
         if len(self._known) > self._limit:
             named = "; ".join(sentences[block] for block in sorted(sentences)[:_NAMED])
             raise DataError(
-                f"data.max_corrupt_blocks: {len(self._known)} blocks of this stage's data are damaged, valid "
+                f"data.max_corrupt_blocks: {len(self._known)} blocks of the run's data are damaged, valid "
                 f"are at most {self._limit}; the newest: {named}; find all with rxt-data verify --deep"
             )
         if not dist.is_initialized() or dist.get_rank() == 0:

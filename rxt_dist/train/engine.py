@@ -1,13 +1,14 @@
 """The DeepSpeed engine of one stage, and access to the optimizer state that each rank owns.
 
-ZeRO-1/2 flatten the trainable parameters and give every rank a contiguous run of fp32 masters and
-moments. All reading and writing of that state goes through :meth:`StageEngine.owned_fragments`, which
-needs no communication.
+ZeRO gives every rank runs of the flattened parameters' fp32 masters and moments (see
+:mod:`rxt_dist.train.shards`). All reading and writing of that state goes through
+:meth:`StageEngine.owned_fragments`, which needs no communication.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from rxt_dist.parallel.bootstrap import configure_deepspeed
 from rxt_dist.parallel.parallelize import first_holders, placement, tag_parameters
 from rxt_dist.stages import StageModule
 from rxt_dist.stages.expert_balance import ExpertBalance
+from rxt_dist.train.partitioned import copy_weights, cut_weights, drop_weights, weights_not_kept
+from rxt_dist.train.shards import owned_shards, part_of_rank
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ALIGNED_ELEMENTS = 8  # 16 bytes of bf16
@@ -63,8 +66,9 @@ class StageEngine:
         self.group_starts = list(groups)
         """Step of the stage from which each group of parameters trains; at least one starts at 0."""
         self._names = {id(parameter): names[id(parameter)] for parameter in trainable}
-        masters = {self._names[id(parameter)]: parameter.detach().clone() for parameter in trainable}
-        trained = set(masters)
+        self._cuts_weights = deepspeed_config["zero_optimization"]["stage"] == 3
+        masters = {id(parameter): self._kept(parameter.detach().view(-1)) for parameter in trainable}
+        trained = set(self._names.values())
         # The engine casts what is registered with it; frozen weights keep their fp32 values here.
         self._frozen = {
             name: parameter.detach().clone()
@@ -72,6 +76,9 @@ class StageEngine:
             if name not in trained
         }
         self.module = module
+        if self._cuts_weights:
+            cut_weights(module, deepspeed_config, device)
+            module.zero_gradients = False  # its buckets hold what there is
         if experts & set(trainable):  # ZeRO refuses to be told of experts that it does not own
             _mark_experts(module, model)
         deepspeed.utils.groups.mpu = None  # an engine before this one may have had another mesh
@@ -86,21 +93,33 @@ class StageEngine:
         members = set(module.modules())
         layers = {name: part for name, part in model.named_modules() if part in members}
         self._balance = ExpertBalance({n: part for n, part in layers.items() if isinstance(part, MoE)})
-        self._create_moments()
-        for name, start, _, values in self._owned(("master",)):
-            values.copy_(masters[name].view(-1)[start : start + values.numel()].to(device))
+        self._shards = owned_shards(self.engine.optimizer)
+        for shard in self._shards:
+            # Needed to load moments before the first step, in which DeepSpeed 0.19.8 would link the state of
+            # all groups when only the first one has any.
+            shard.create_moments()
+            for piece in shard.pieces:
+                begin, values = masters[id(piece.parameter)]
+                piece.of(shard.flat).copy_(values[piece.start - begin :][: piece.count])
 
     def forward(
         self, batch: Any, counts: Mapping[str, int], stm: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Loss, metric vector and carried STM of one micro-batch (see :meth:`StageModule.forward`)."""
-        loss, metrics, carried = self.engine(batch, counts, stm)
+        with weights_not_kept() if self._cuts_weights else nullcontext():
+            loss, metrics, carried = self.engine(batch, counts, stm)
         return loss, metrics, carried
 
     def backward_and_step(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient; the last micro-batch of a step also updates the weights."""
-        self.engine.backward(loss, scale_wrt_gas=False)
+        self.backward(loss)
         self.engine.step()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient: the sum over ranks and micro-batches of the gradients of their losses."""
+        if self._cuts_weights:  # DeepSpeed takes the mean over ranks there
+            loss = loss * torch.distributed.get_world_size()
+        self.engine.backward(loss, scale_wrt_gas=False)
 
     def begin_step(self, step: int, rates: Mapping[int, float]) -> None:
         """Prepare optimizer step ``step`` of the stage; ``rates`` are learning rates by a group's start.
@@ -110,11 +129,11 @@ class StageEngine:
         optimizer (an old step counter would make the first updates too large).
         """
         self.module.step = step
-        zero = self.engine.optimizer
-        for group, flat in zip(zero.param_groups, zero.single_partition_of_fp32_groups, strict=True):
-            group["lr"] = rates[group["start"]]
-            if step == group["start"]:
-                for values in zero.optimizer.state[flat].values():
+        for shard in self._shards:
+            start = shard.group["start"]
+            shard.group["lr"] = rates[start]
+            if step == start:
+                for values in shard.state.values():
                     values.zero_()
         self._balance.begin_step()
 
@@ -129,7 +148,7 @@ class StageEngine:
 
     def optimizer_steps(self) -> list[int]:
         """Step counter of the optimizer for the parameters of every start in ``group_starts``."""
-        counters = {group["start"]: int(state["step"]) for group, state in self._states()}
+        counters = {shard.group["start"]: int(shard.state["step"]) for shard in self._shards}
         return [counters[start] for start in self.group_starts]
 
     def owned_fragments(self) -> dict[str, Fragment]:
@@ -162,8 +181,8 @@ class StageEngine:
     def set_optimizer_steps(self, steps: Sequence[int]) -> None:
         """Set the step counters of bias correction, after the moments were loaded."""
         counters = dict(zip(self.group_starts, steps, strict=True))
-        for group, state in self._states():
-            state["step"].fill_(counters[group["start"]])
+        for shard in self._shards:
+            shard.state["step"].fill_(counters[shard.group["start"]])
 
     def tensor_shapes(self) -> dict[str, list[int]]:
         """Shape of every canonical tensor of the model."""
@@ -175,29 +194,29 @@ class StageEngine:
     def close(self) -> None:
         """Release the engine's memory and hooks."""
         self.engine.destroy()
+        if self._cuts_weights:
+            drop_weights(self.module)
 
-    def _create_moments(self) -> None:
-        """Allocate zero moments for all groups, as the optimizer's first step would.
+    def whole_module(self, make_empty: Callable[[], StageModule]) -> StageModule:
+        """A module with all weights of the engine's. Collective.
 
-        Needed to load before the first step; it also avoids a defect of DeepSpeed 0.19.8, which links
-        the state of all groups after the first group's first step, when the others have none.
+        That is the engine's own, except with ZeRO 3, where collective operations in its forward pass allow
+        no rank another number of passes: there ``make_empty``, which gives the stage's module over a model
+        without values, makes one that is filled.
         """
-        zero = self.engine.optimizer
-        for group, flat in zip(
-            zero.optimizer.param_groups, zero.single_partition_of_fp32_groups, strict=True
-        ):
-            step_device = flat.device if group.get("fused") or group.get("capturable") else "cpu"
-            zero.optimizer.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=step_device),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
+        if not self._cuts_weights:
+            return self.module
+        whole = make_empty()
+        copy_weights(self.module, whole)
+        return whole
 
-    def _states(self) -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-        """Settings and optimizer state of every group."""
-        zero = self.engine.optimizer
-        for group, flat in zip(zero.param_groups, zero.single_partition_of_fp32_groups, strict=True):
-            yield group, zero.optimizer.state[flat]
+    def _kept(self, values: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """First element and copy of what this rank may own of a parameter's flat values."""
+        if not self._cuts_weights:
+            return 0, values.clone()
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        start, count = part_of_rank(values.numel(), rank, ranks)
+        return start, values[start : start + count].clone()
 
     def _add(self, found: dict[str, Fragment], key: str, name: str, start: int, values: torch.Tensor) -> None:
         """Add ``values``, the flat elements ``start ..`` of the parameter ``name``, to ``found``."""
@@ -208,19 +227,11 @@ class StageEngine:
 
     def _owned(self, kinds: Any) -> Iterator[tuple[str, int, str, torch.Tensor]]:
         """(parameter name, first element, kind, values) of every run of flat values that this rank owns."""
-        zero = self.engine.optimizer
-        for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
-            state = zero.optimizer.state[flat]
-            for parameter in parameters:
-                mapping = parameter._hp_mapping
-                if mapping is None:  # another rank owns all of it
-                    continue
-                name = self._names[id(parameter)]
-                first, count = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+        for shard in self._shards:
+            for piece in shard.pieces:
                 for kind in kinds:
-                    source = flat if kind == "master" else state[kind]
-                    values = source.detach()[first : first + count]
-                    yield name, mapping.lp_fragment_address.start, kind, values
+                    values = piece.of(shard.flat if kind == "master" else shard.state[kind])
+                    yield self._names[id(piece.parameter)], piece.start, kind, values
 
 
 def _whole(values: torch.Tensor) -> Fragment:

@@ -11,12 +11,13 @@ import torch
 from rxt_dist.checkpoint import CheckpointReader, locate_checkpoint
 from rxt_dist.config import RunConfig, StageConfig, load_config
 from rxt_dist.data.manifest import Split
+from rxt_dist.data.store import DatasetStore
 from rxt_dist.data.tokens import load_tokenizer, tokenizer_sha256
 from rxt_dist.errors import ConfigError
 from rxt_dist.kernels.attention import set_attention_backend
 from rxt_dist.model import build_model
 from rxt_dist.parallel.bootstrap import world_from_environment
-from rxt_dist.stages import build_stage, open_pieces
+from rxt_dist.stages import build_stage, dataset_store, open_pieces
 from rxt_dist.train.datasets import open_datasets
 from rxt_dist.train.evaluation import evaluate_stage
 from rxt_dist.train.run_dir import CONFIG_FILE
@@ -43,14 +44,15 @@ def evaluate_checkpoint(
         stage = _memory_stage(config)
     else:
         stage = _choose_stage(config, stage_name or reader.state.stage_name)
-    _check_tokenizer(config, stage, reader.path)
+    store = dataset_store(config)
+    _check_tokenizer(config, stage, store, reader.path)
     world = world_from_environment()
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     set_attention_backend(config.runtime.attention_backend, world.device, dtype)
     model = build_model(config.model, config.seed)
     reader.load_weights(model)
     module = build_stage(model, config, stage).to(world.device, dtype)
-    source = open_pieces(config, stage, split)
+    source = open_pieces(config, stage, split, store)
     results = evaluate_stage(module, source, config, stage, world, load_tokenizer(reader.path))
     return {"step": reader.state.step, "stage": stage.name, "split": split, **results}
 
@@ -78,12 +80,12 @@ def _memory_stage(config: RunConfig) -> StageConfig:
     return found[-1] if found else StageConfig(name="smat", steps=1)
 
 
-def _check_tokenizer(config: RunConfig, stage: StageConfig, checkpoint: Path) -> None:
+def _check_tokenizer(config: RunConfig, stage: StageConfig, store: DatasetStore, checkpoint: Path) -> None:
     """The evaluated dataset must have been tokenised as the run's were."""
-    manifests = open_datasets(config.model_copy(update={"stages": [stage]}))
-    for name, (folder, manifest) in manifests.items():
-        if manifest.tokenizer_sha256 != tokenizer_sha256(checkpoint):
+    opened = open_datasets(config.model_copy(update={"stages": [stage]}), store)
+    for name, files in opened.items():
+        if files.manifest.tokenizer_sha256 != tokenizer_sha256(checkpoint):
             raise ConfigError(
-                f"data.{name}: {folder} was made with another tokenizer than the run's; "
+                f"data.{name}: {files.name} was made with another tokenizer than the run's; "
                 f"shard it again with the tokenizer in {checkpoint}"
             )

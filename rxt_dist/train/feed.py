@@ -44,7 +44,7 @@ class Step:
     """Data state after the step, plain data."""
     wait_seconds: float
     corrupt_blocks: int
-    """Damaged blocks that were left out so far in the stage, over all ranks."""
+    """Damaged blocks that were left out so far in the run, over all ranks."""
 
 
 class Feed:
@@ -230,7 +230,12 @@ def resumed_data_state(state: TrainerState, fingerprint: str, *, accept_changed:
         )
     logger.warning("%s: going on with this one at its next epoch", found)
     places = state.data_state.get("datasets", [state.data_state])
-    return {_NEXT_EPOCH: 1 + max(place["epoch"] for place in places)}
+    return next_stage_state(state.data_state) | {_NEXT_EPOCH: 1 + max(place["epoch"] for place in places)}
+
+
+def next_stage_state(state: DataState | None) -> DataState:
+    """What the data state of a stage leaves to the next one, which begins its data anew."""
+    return {name: value for name, value in (state or {}).items() if name == _CORRUPT_BLOCKS}
 
 
 def _cursor(source: Pieces, state: DataState) -> MixCursor | None:
@@ -249,8 +254,9 @@ def _lane_state(lanes: int, state: DataState) -> LaneState | None:
 def _corrupt_blocks(value: Any) -> list[BlockId]:
     """Raises DataError if the entry of the data state is not a list of pairs."""
     pairs = value if isinstance(value, list) else [value]
-    if not all(isinstance(p, list) and len(p) == 2 and all(type(n) is int for n in p) for p in pairs):
-        raise DataError(f"data state: found corrupt_blocks {value!r}, valid is a list of [dataset, block]")
+    if not all(isinstance(pair, list) and [type(part) for part in pair] == [str, int] for pair in pairs):
+        valid = "a list of [fingerprint of a dataset, block]"
+        raise DataError(f"data state: found corrupt_blocks {value!r}, valid is {valid}")
     return [(dataset, block) for dataset, block in pairs]
 
 
@@ -262,13 +268,13 @@ def _report_prompts(source: InteractionPieces, stage: StageConfig) -> None:
         logger.warning(
             "%s: %d train conversations have a system prompt that is not read; set system_prompts: true in "
             "stage smat to write it into their memory",
-            source.dataset.folder,
+            source.dataset.name,
             count,
         )
     elif stage.system_prompts and cut:
         logger.warning(
             "%s: %d of %d train system prompts are longer than seq_len %d and are cut",
-            source.dataset.folder,
+            source.dataset.name,
             cut,
             count,
             source.seq_len,

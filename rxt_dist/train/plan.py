@@ -22,7 +22,9 @@ from rxt_dist.config import (
     StageConfig,
     accumulation_steps,
     check_world_size,
+    deepspeed_config,
     micro_units,
+    stage_optimizer,
 )
 from rxt_dist.config.mesh import step_units
 from rxt_dist.model.model import empty_model
@@ -37,18 +39,27 @@ _FP32_BYTES = 4
 _OPTIMIZER_TENSORS = 3  # masters and two moments
 _PARTITION_ALIGNMENT = 2  # elements; ZeRO pads every group to a multiple of this and of its ranks
 
+# DeepSpeed's own values of what a run can set in its `deepspeed` block.
+_MAX_LIVE_PARAMETERS = 1_000_000_000
+_MAX_REUSE_DISTANCE = 1_000_000_000
+_PREFETCH_BUCKET_SIZE = 50_000_000
+
 # Sizes do not depend on which ids the special tokens have.
 _ANY_TOKENS = SpecialTokens(pad=0, unk=1, bos=2, eos=3, mask=4, query=5, answer=6)
 
 BASIS = {
-    "weights": "parameters of the stage's components in the precision of the run; exact",
-    "gradients": "one gradient a trained parameter (ZeRO 2: of this rank's part, and one bucket)",
+    "weights": "parameters of the stage's components in the precision of the run (ZeRO 3: this rank's part "
+    "of each, and small ones whole); exact",
+    "gathered_weights": "ZeRO 3: weights of other ranks' parts that are held for a while, at most about",
+    "gradients": "one gradient a trained parameter (ZeRO 2 and 3: of this rank's part, and one bucket)",
     "optimizer": "fp32 masters and two moments of this rank's part, with ZeRO's padding; exact",
+    "host_optimizer": "the same in host memory, and fp32 gradients, where the optimizer is offloaded; exact",
     "lane_stm": "STM of this rank's lanes in fp32; exact",
     "activations": "tensors that the layers keep for the backward pass of a micro-batch of full packs, or of "
     "lanes of full interactions; without workspaces and the allocator's slack",
-    "communication": "bytes that a rank sends in one optimizer step, ring algorithms, experts evenly loaded; "
-    "tensor_parallel: activations and their gradients",
+    "communication": "bytes that a rank sends in one optimizer step, ring algorithms, experts evenly loaded "
+    "(ZeRO 3: weights that no longer are held are gathered again); tensor_parallel: activations and their "
+    "gradients",
 }
 """How each number of a plan is made."""
 
@@ -102,6 +113,9 @@ class _StagePlan:
         """Parameters of experts that have groups of their own."""
         if mesh.expert_size > 1 or mesh.tensor_size > 1:
             self.experts = {p for moe in _moes(self.module) for p in moe.experts.parameters()}
+        optimizer = stage_optimizer(config, stage)
+        self.settings = deepspeed_config(config, stage, dp_size=mesh.dp_size, optimizer=optimizer)
+        self.cut = config.zero.stage == 3
         self.accumulation = accumulation_steps(config, stage, mesh.dp_size)
         self.micro = micro_units(config, stage, mesh.dp_size)
 
@@ -111,16 +125,20 @@ class _StagePlan:
             "micro_batches": self.accumulation,
             "tokens_per_rank": self.micro_tokens * self.accumulation,
             "memory_bytes": {
-                "weights": self.element * self._held(self.module.parameters()),
+                "weights": self.element * self._weight_elements(),
+                "gathered_weights": self.element * self._gathered_elements(),
                 "gradients": self._gradient_bytes(),
-                "optimizer": sum(
-                    _OPTIMIZER_TENSORS * _FP32_BYTES * part for _, part, _ in self._partitions()
-                ),
+                "optimizer": 0 if self.offloaded else self._optimizer_bytes(_OPTIMIZER_TENSORS),
+                "host_optimizer": self._optimizer_bytes(_OPTIMIZER_TENSORS + 1) if self.offloaded else 0,
                 "lane_stm": self._lane_stm_bytes(),
                 "activations": self._activation_elements() * self.element,
             },
             "communication_bytes": self._communication(),
         }
+
+    @property
+    def offloaded(self) -> bool:
+        return self.config.zero.offload_optimizer == "cpu"
 
     @property
     def micro_tokens(self) -> int:
@@ -145,17 +163,53 @@ class _StagePlan:
                 if members:
                     held = self._held(members)
                     multiple = _PARTITION_ALIGNMENT * ranks
-                    found.append((held, math.ceil(held / multiple) * _PARTITION_ALIGNMENT, ranks))
+                    part = math.ceil(held / multiple) * _PARTITION_ALIGNMENT
+                    found.append((held, _cut(members, ranks) if self.cut else part, ranks))
         return found
+
+    def _optimizer_bytes(self, tensors: int) -> int:
+        return sum(tensors * _FP32_BYTES * part for _, part, _ in self._partitions())
+
+    def _whole_parameters(self) -> list[nn.Parameter]:
+        """Those that ZeRO 3 leaves whole on every rank, besides cutting them: small ones, up to a total."""
+        zero = self.settings["zero_optimization"]
+        largest = zero["stage3_param_persistence_threshold"]
+        room = zero.get("stage3_model_persistence_threshold", math.inf)
+        found: list[nn.Parameter] = []
+        for parameter in self.module.parameters():
+            if parameter.numel() <= min(largest, room):
+                found.append(parameter)
+                room -= parameter.numel()
+        return found
+
+    def _gathered(self) -> int:
+        """Elements that a step gathers from all ranks."""
+        whole = {id(parameter) for parameter in self._whole_parameters()}
+        return sum(p.numel() for p in self.module.parameters() if id(p) not in whole)
+
+    def _weight_elements(self) -> int:
+        if not self.cut:
+            return self._held(self.module.parameters())
+        parts = _cut(self.module.parameters(), self.mesh.dp_size)
+        if self.mesh.dp_size == 1:  # nothing to gather: a parameter is its own part
+            return parts
+        return parts + sum(parameter.numel() for parameter in self._whole_parameters())
+
+    def _gathered_elements(self) -> int:
+        if not self.cut or self.mesh.dp_size == 1:
+            return 0
+        zero = self.settings["zero_optimization"]
+        return min(self._gathered(), int(zero.get("stage3_max_live_parameters", _MAX_LIVE_PARAMETERS)))
 
     def _gradient_bytes(self) -> int:
         zero = self.config.zero
         held = sum(elements for elements, _, _ in self._partitions())
         if zero.stage == 1:
             return held * self.element
-        accumulated = _FP32_BYTES if self.accumulation > 1 else self.element
-        parts = sum(part for _, part, _ in self._partitions())
-        return parts * accumulated + min(zero.reduce_bucket_size, held) * self.element
+        fp32 = self.settings.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+        parts = 0 if self.offloaded else sum(part for _, part, _ in self._partitions())
+        bucket = min(zero.reduce_bucket_size, held) * self.element
+        return parts * (_FP32_BYTES if fp32 else self.element) + bucket
 
     def _lane_stm_bytes(self) -> int:
         if not self.stage.uses_lanes:
@@ -165,8 +219,9 @@ class _StagePlan:
         return lanes * model.decoder.num_layers * model.stm_size * model.embed_dim * _FP32_BYTES
 
     def _communication(self) -> dict[str, int]:
-        reductions = self.accumulation if self.config.zero.stage == 2 else 1
-        weights = sum(_sent(elements * self.element, ranks) for elements, _, ranks in self._partitions())
+        reductions = self.accumulation if self.config.zero.stage > 1 else 1
+        reduced = {"auto": self.element, "fp32": _FP32_BYTES, "bf16": 2}[self.config.zero.reduce_dtype]
+        groups = [(elements, ranks) for elements, _, ranks in self._partitions()]
         moe, layers = self.config.model.decoder.moe, len(_moes(self.module))
         exchanged = 0
         if moe is not None and layers:
@@ -174,8 +229,10 @@ class _StagePlan:
             own = rows // self.mesh.tensor_size
             exchanged = _sent(own * self.config.model.embed_dim * self.element, self.mesh.expert_size)
         return {
-            "gradient_reduction": reductions * weights,
-            "parameter_all_gather": weights,
+            "gradient_reduction": reductions * sum(_sent(size * reduced, ranks) for size, ranks in groups),
+            "parameter_all_gather": self._sent_weights()
+            if self.cut
+            else sum(_sent(size * self.element, ranks) for size, ranks in groups),
             "expert_all_to_all_per_layer_and_direction": exchanged,
             # Rows go to the experts and back, and so do their gradients.
             "expert_all_to_all": 4 * layers * exchanged,
@@ -188,6 +245,22 @@ class _StagePlan:
         size = self.config.model.embed_dim * self.element * self.accumulation
         # Adding up on a ring is a reduction and a gathering.
         return _sent((2 * summed + joined) * size, self.mesh.tensor_size)
+
+    def _sent_weights(self) -> int:
+        """Bytes that a rank sends in a step so that others have whole weights, with ZeRO 3."""
+        ranks, gathered = self.mesh.dp_size, self._gathered()
+        whole = sum(parameter.numel() for parameter in self._whole_parameters())
+        zero = self.settings["zero_optimization"]
+        reuse = zero.get("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE)
+        ahead = zero.get("stage3_prefetch_bucket_size", _PREFETCH_BUCKET_SIZE)
+        times = 1
+        if gathered > max(
+            reuse, ahead
+        ):  # dropped after every use: each pass forward and backward gathers again
+            passes = self.config.batch.window if self.stage.uses_lanes else 1
+            recomputed = passes - 1 if self.config.runtime.recompute == "interaction" else 0
+            times = 2 * passes + recomputed
+        return _sent((self.accumulation * times * gathered + whole) * self.element, ranks)
 
     def _activation_elements(self) -> int:
         """See BASIS; a frozen component keeps nothing."""
@@ -220,6 +293,11 @@ def _trains(stage: StageConfig, component: str) -> bool:
     if stage.uses_lanes:
         return stage.name == "smat"
     return uses(stage.components, component)
+
+
+def _cut(parameters: Iterable[nn.Parameter], ranks: int) -> int:
+    """Elements of one rank's parts where every parameter is cut by itself."""
+    return sum(math.ceil(parameter.numel() / ranks) for parameter in set(parameters))
 
 
 def _sent(size: int, ranks: int) -> int:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from rxt_dist.arguments import add_overrides
 from rxt_dist.checkpoint import CheckpointReader, find_checkpoint
 from rxt_dist.config import RunConfig, check_world_size, load_config
+from rxt_dist.data.store import DatasetStore
 from rxt_dist.data.tokens import TOKENIZER_FILE, load_tokenizer
 from rxt_dist.errors import FAILED_EXIT_CODE, USER_ERROR_EXIT_CODE, ConfigError, RxtError, TrainingError
 from rxt_dist.kernels.attention import set_attention_backend
@@ -25,6 +26,7 @@ from rxt_dist.observe.logging import setup_logging
 from rxt_dist.observe.metrics import TrainState
 from rxt_dist.observe.metrics_file import EVALUATION_FILE, METRICS_FILE, truncate_after
 from rxt_dist.parallel.bootstrap import World, start_process_group, world_from_environment
+from rxt_dist.stages import dataset_store
 from rxt_dist.train.callbacks import Callback, CallbackList, MetricsLog, ProgressBar, PrometheusCallback
 from rxt_dist.train.datasets import check_splits, open_datasets, resolve
 from rxt_dist.train.initial_weights import check_weights, open_weights
@@ -94,20 +96,28 @@ def _run(arguments: argparse.Namespace, world: World) -> None:
     world = replace(world, tensor_size=config.parallel.tensor_size)
     if arguments.resume and arguments.init_from is not None:
         raise ConfigError("--resume and --init-from exclude each other: a resumed run has its own weights")
-    manifests = open_datasets(config)
-    config = resolve(config, manifests)
-    check_splits(manifests, skip_corrupt=config.data.on_corrupt == "skip")
+    store = dataset_store(config)
+    opened = open_datasets(config, store)
+    config = resolve(config, opened)
+    check_splits(config, store)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     set_attention_backend(config.runtime.attention_backend, world.device, dtype)
     set_compile(config.runtime.compile)
-    tokenizer_folder = next(iter(manifests.values()))[0] / "tokenizer"
+    tokenizer_folder = next(iter(opened.values())).tokenizer_folder()
     start_process_group(world, config.runtime.collective_timeout_seconds)
     weights = _on_main(world, lambda: _prepare(arguments, config, tokenizer_folder / TOKENIZER_FILE))
-    _train(config, world, tokenizer_folder, weights, arguments.resume)
+    _train(config, world, store, tokenizer_folder, weights, arguments.resume)
     dist.barrier()
 
 
-def _train(config: RunConfig, world: World, tokenizer: Path, weights: Path | None, resume: bool) -> None:
+def _train(
+    config: RunConfig,
+    world: World,
+    store: DatasetStore,
+    tokenizer: Path,
+    weights: Path | None,
+    resume: bool,
+) -> None:
     from rxt_dist.train.trainer import Trainer
 
     reader = None if weights is None else open_weights(weights, verified=True)
@@ -120,7 +130,9 @@ def _train(config: RunConfig, world: World, tokenizer: Path, weights: Path | Non
     listeners = CallbackList(callbacks)
     try:
         listeners.on_state(TrainState.INIT)
-        trainer = Trainer(config, world, load_tokenizer(tokenizer), listeners, weights=reader, resume=resume)
+        trainer = Trainer(
+            config, world, store, load_tokenizer(tokenizer), listeners, weights=reader, resume=resume
+        )
         trainer.run()
     finally:
         listeners.close()

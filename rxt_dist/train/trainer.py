@@ -15,18 +15,20 @@ from tokenizers import Tokenizer
 
 from rxt_dist.checkpoint import CheckpointReader, TrainerState, save_checkpoint
 from rxt_dist.config import RunConfig, StageConfig, stage_optimizer
+from rxt_dist.data.store import DatasetStore
 from rxt_dist.errors import TrainingError
 from rxt_dist.interchange.native import NativeReader
 from rxt_dist.model import RxTModel
+from rxt_dist.model.model import empty_model
 from rxt_dist.observe.metrics import TrainState
 from rxt_dist.parallel.bootstrap import World
 from rxt_dist.parallel.collectives import sum_over_ranks
-from rxt_dist.stages import Pieces, open_pieces
+from rxt_dist.stages import Pieces, build_stage, open_pieces
 from rxt_dist.train.build import build_engine
 from rxt_dist.train.callbacks import Callback
 from rxt_dist.train.engine import StageEngine
 from rxt_dist.train.evaluation import evaluate_stage
-from rxt_dist.train.feed import DataState, Feed, Step, open_feed, resumed_data_state
+from rxt_dist.train.feed import DataState, Feed, Step, next_stage_state, open_feed, resumed_data_state
 from rxt_dist.train.meter import Meter
 from rxt_dist.train.run_dir import has_evaluation, text_files
 from rxt_dist.train.schedule import learning_rate
@@ -56,6 +58,7 @@ class Trainer:
         self,
         config: RunConfig,
         world: World,
+        store: DatasetStore,
         tokenizer: Tokenizer,
         callbacks: Callback,
         *,
@@ -64,6 +67,7 @@ class Trainer:
     ) -> None:
         self._config = config
         self._world = world
+        self._store = store
         self._tokenizer = tokenizer
         self._callbacks = callbacks
         self._weights = weights
@@ -82,7 +86,8 @@ class Trainer:
         """Train every stage that is not finished; returns when the last one is evaluated."""
         for index in range(self._position.stage_index, len(self._config.stages)):
             if index > self._position.stage_index:
-                self._position = replace(self._position, stage_index=index, stage_step=0, data_state=None)
+                state = next_stage_state(self._position.data_state)
+                self._position = replace(self._position, stage_index=index, stage_step=0, data_state=state)
             self._run_stage(self._config.stages[index])
 
     def _run_stage(self, stage: StageConfig) -> None:
@@ -91,8 +96,9 @@ class Trainer:
             logger.info("stage %d (%s) is finished already", self._position.stage_index, stage.name)
             return
         config, position = self._config, self._position
-        source = open_pieces(config, stage, "train")
-        held_out = open_pieces(config, stage, "val")
+        source = open_pieces(config, stage, "train", self._store)
+        held_out = open_pieces(config, stage, "val", self._store)
+        self._store.release()
         resumed = self._resume_inside(stage, source.fingerprint)
         self._fingerprint = source.fingerprint
         engine = self._build_engine(stage, resumed)
@@ -266,7 +272,9 @@ class Trainer:
     def _evaluate(self, engine: StageEngine, stage: StageConfig, held_out: Pieces) -> None:
         self._callbacks.on_state(TrainState.EVALUATING)
         started = time.perf_counter()
-        results = evaluate_stage(engine.module, held_out, self._config, stage, self._world, self._tokenizer)
+        config = self._config
+        module = engine.whole_module(lambda: build_stage(empty_model(config.model), config, stage))
+        results = evaluate_stage(module, held_out, config, stage, self._world, self._tokenizer)
         record = {
             "step": self._position.step,
             "stage": stage.name,

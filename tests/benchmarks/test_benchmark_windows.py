@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from helpers.launch import python
+import torch
+from helpers.engines import join_deepspeed
+from helpers.launch import python, run_function
+
+from rxt_dist.config import DataConfig
+from rxt_dist.parallel.bootstrap import World
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def windows(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -28,6 +37,35 @@ def test_memory_grows_with_the_window_and_recomputation_keeps_it_down(tmp_path: 
     assert memory["4", "none"] > 3.5 * memory["1", "none"]
     assert memory["4", "interaction"] < 1.3 * memory["1", "none"]
     assert list(tmp_path.iterdir()) == []
+
+
+def keep(folder: Path) -> None:
+    """On every rank: the bytes that a window's graph keeps, without and with spread experts."""
+    sys.path.insert(0, str(REPOSITORY))
+    from benchmarks.train_step import read_config, write_datasets
+    from benchmarks.windows import kept_bytes, parse_arguments
+
+    join_deepspeed()
+    rank, kept = torch.distributed.get_rank(), []
+    for size in (1, 2):
+        arguments = parse_arguments(["--set", "batch.lanes=8", "--set", f"parallel.expert_size={size}"])
+        arguments.lengths, arguments.stage = (16, 16), None
+        config, stages = read_config(arguments)
+        source = folder / f"{rank}-{size}"
+        write_datasets(source, config, stages, arguments)
+        data = DataConfig(text=source / "text", conversations=source / "conversations")
+        world = World(rank, rank, 2, torch.device("cpu"))
+        kept.append(kept_bytes(config.model_copy(update={"data": data}), stages[-1], world))
+    (folder / f"{rank}.json").write_text(json.dumps(kept))
+
+
+def test_with_spread_experts_a_rank_keeps_the_rows_that_came_to_it(tmp_path: Path) -> None:
+    assert run_function(2, keep, tmp_path) == [0, 0]
+    (first, spread), (second, also_spread) = (
+        json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)
+    )
+    assert spread != first
+    assert also_spread != second
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,8 @@ class TestGeneration:
         ("zero_stage", "micro", "precision", "fp32"),
         [
             (2, "2", "bf16", True),
+            (3, "2", "bf16", True),
+            (3, "auto", "bf16", False),
             (2, "auto", "bf16", False),
             (1, "2", "bf16", False),
             (2, "2", "fp32", False),
@@ -198,6 +200,23 @@ class TestGeneration:
         found = generate(config).get("data_types")
         assert found == ({"grad_accum_dtype": "fp32"} if fp32 else None)
 
+    @pytest.mark.parametrize(("zero_stage", "fp32"), [(1, False), (2, True), (3, True)])
+    def test_sums_over_ranks_in_fp32_stay_fp32(self, zero_stage: int, fp32: bool) -> None:
+        generated = generate(tiny(f"zero.stage={zero_stage}", "zero.reduce_dtype=fp32", "precision=bf16"))
+        assert generated["communication_data_type"] == "fp32"
+        assert generated.get("data_types") == ({"grad_accum_dtype": "fp32"} if fp32 else None)
+        assert "communication_data_type" not in generate(tiny(f"zero.stage={zero_stage}"))
+
+    @pytest.mark.parametrize(("zero_stage", "operation"), [(1, "sum"), (2, "sum"), (3, "mean")])
+    def test_gradients_are_summed_where_deepspeed_can(self, zero_stage: int, operation: str) -> None:
+        assert generate(tiny(f"zero.stage={zero_stage}"))["gradient_allreduce_op"] == operation
+
+    def test_an_offloaded_optimizer_is_one_kernel_on_the_cpu(self) -> None:
+        generated = generate(tiny("zero.offload_optimizer=cpu"))
+        assert generated["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+        assert generated["optimizer"]["params"]["fused"] is True
+        assert "offload_optimizer" not in generate(tiny())["zero_optimization"]
+
     def test_fused_is_the_callers_choice(self) -> None:
         config = tiny()
         optimizer = stage_optimizer(config, config.stages[0])
@@ -207,12 +226,13 @@ class TestGeneration:
 
     def test_deepspeed_accepts_it(self) -> None:
         deepspeed = pytest.importorskip("deepspeed.runtime.config")
-        for precision in ("fp32", "bf16"):
-            generated = generate(tiny("batch.micro_packs=2", "zero.stage=2", f"precision={precision}"))
+        for precision, stage in (("fp32", 2), ("bf16", 2), ("fp32", 3), ("bf16", 3)):
+            options = (f"zero.stage={stage}", "zero.offload_optimizer=cpu", "zero.reduce_dtype=fp32")
+            generated = generate(tiny("batch.micro_packs=2", f"precision={precision}", *options))
             parsed = deepspeed.DeepSpeedConfig(generated)
             assert parsed.train_batch_size == 8
             assert parsed.gradient_accumulation_steps == 4
-            assert parsed.zero_config.stage == 2
+            assert parsed.zero_config.stage == stage
             assert parsed.bfloat16_config.enabled is (precision == "bf16")
 
 
@@ -221,15 +241,54 @@ class TestOverrides:
         config = tiny(
             "precision=bf16",
             "deepspeed={bf16: {check_grad_overflow: false}, "
-            "zero_optimization: {round_robin_gradients: true}, "
-            "wall_clock_breakdown: true, communication_data_type: fp32}",
+            "zero_optimization: {allgather_bucket_size: 1000}, wall_clock_breakdown: true}",
         )
         generated = generate(config)
         assert generated["bf16"] == {"enabled": True, "check_grad_overflow": False}
-        assert generated["zero_optimization"]["round_robin_gradients"] is True
+        assert generated["zero_optimization"]["allgather_bucket_size"] == 1000
         assert generated["zero_optimization"]["stage"] == 1
         assert generated["wall_clock_breakdown"] is True
-        assert generated["communication_data_type"] == "fp32"
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "round_robin_gradients",
+            "parameter_alignment",
+            "zero_quantized_weights",
+            "zero_hpz_partition_size",
+            "offload_param",
+            "zenflow",
+            "stage3_module_granularity_threshold",
+            "leaf_module",
+            "elastic_checkpoint",
+            "compute_grad_norm",
+        ],
+    )
+    def test_what_moves_parameters_in_the_shards_is_refused(self, key: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            tiny(f"deepspeed={{zero_optimization: {{{key}: true}}}}")
+        start = f"tiny with --set: deepspeed.zero_optimization.{key}: cannot be set here; valid: "
+        assert str(caught.value).startswith(start + "allgather_bucket_size, ")
+
+    def test_a_typo_in_zero_names_the_nearest(self) -> None:
+        with pytest.raises(ConfigError, match=r"did you mean sub_group_size\?$"):
+            tiny("deepspeed={zero_optimization: {sub_group_sizes: 1}}")
+
+    @pytest.mark.parametrize("key", ["contiguous_gradients", "reduce_scatter"])
+    def test_gradients_of_cut_weights_are_reduced_in_one_way(self, key: str) -> None:
+        block = f"deepspeed={{zero_optimization: {{{key}: true}}}}"
+        tiny(block)
+        with pytest.raises(ConfigError, match=rf"{key}: cannot be set with zero\.stage 3; remove it$"):
+            tiny(block, "zero.stage=3")
+
+    @pytest.mark.parametrize("field", ["expert_size", "tensor_size"])
+    def test_weights_are_cut_on_a_plain_mesh_only(self, field: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            tiny("zero.stage=3", f"parallel.{field}=2")
+        assert str(caught.value) == (
+            f"tiny with --set: zero.stage: found 3, but parallel.{field} is 2 and needs whole weights; "
+            "valid: 1, 2"
+        )
 
     @pytest.mark.parametrize(
         ("block", "key", "instead"),
@@ -243,8 +302,9 @@ class TestOverrides:
             (
                 "{zero_optimization: {offload_optimizer: {device: cpu}}}",
                 "zero_optimization.offload_optimizer",
-                "not supported; remove it",
+                "set zero.offload_optimizer instead",
             ),
+            ("{communication_data_type: fp32}", "communication_data_type", "set zero.reduce_dtype instead"),
             ("{gradient_clipping: 0.5}", "gradient_clipping", "set optimizer.clip_norm instead"),
             ("{train_batch_size: 8}", "train_batch_size", "set batch.packs instead"),
             (

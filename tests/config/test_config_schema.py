@@ -111,7 +111,7 @@ def test_stm_scale_default() -> None:
             [0.9, 0.9, 0.9],
             "optimizer.betas: found [0.9, 0.9, 0.9]; must have at most 2 items",
         ),
-        ("zero.stage", 3, "zero.stage: found 3; must be less than or equal to 2"),
+        ("zero.stage", 4, "zero.stage: found 4; must be less than or equal to 3"),
         ("zero.stage", 0, "zero.stage: found 0; must be greater than or equal to 1"),
         ("batch.micro_packs", "all", "batch.micro_packs: found \"all\"; must be an integer or 'auto'"),
         ("model.vocab_size", 3, "model.vocab_size: found 3; must be greater than or equal to 8 or 'auto'"),

@@ -110,12 +110,13 @@ def test_damage_is_of_the_dataset_it_is_in(tmp_path, folders):
     first = int(source.starts[1])
     lost = source.lost(np.arange(len(source.lengths)))
     assert np.flatnonzero(lost).tolist() == [first, first + 1, first + 2]
-    assert list(source.damage()) == [(1, 0)]
+    names = [Dataset(path, "train").fingerprint for path in (folders[0], folder)]
+    assert list(source.damage()) == [(names[1], 0)]
     again = mixed([folders[0], folder], (1, 1), skip_corrupt=True)
-    again.lose([(0, 1), (1, 1)])
-    assert sorted(again.damage()) == [(0, 1), (1, 1)]
-    with pytest.raises(DataError, match="2 datasets, found number 2"):
-        again.lose([(2, 0)])
+    again.lose([(names[0], 1), (names[1], 1), ("of another stage", 99)])
+    assert sorted(again.damage()) == sorted([(names[0], 1), (names[1], 1)])
+    with pytest.raises(DataError, match="has 2 blocks, found 2"):
+        again.lose([(names[1], 2)])
 
 
 # --- the stream -------------------------------------------------------------------------------------------

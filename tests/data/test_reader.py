@@ -20,7 +20,7 @@ from dataset_builder import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rxt_dist.data import reader as reader_module
+from rxt_dist.data.files import LocalFiles
 from rxt_dist.data.format import ShardIndex
 from rxt_dist.data.manifest import fingerprint_of, load_manifest, write_manifest
 from rxt_dist.data.pieces import InteractionPieces, TextPieces, longest_first
@@ -104,7 +104,7 @@ def test_wrong_kind(text_folder, conversation_folder):
 
 
 def test_few_open_shards_suffice(text_folder, documents, monkeypatch):
-    monkeypatch.setattr(reader_module, "_OPEN_SHARDS", 1)
+    monkeypatch.setattr(LocalFiles, "open_shards", 1)
     dataset = Dataset(text_folder, "train")
     for i in [0, 29, 1, 15, 28, 0]:
         assert dataset.text_document(i).tolist() == documents[i].tolist()
@@ -119,7 +119,7 @@ def test_a_read_over_many_shards_needs_few_files(tmp_path, monkeypatch):
     source = InteractionPieces(Dataset(folder, "train"), 64)
     everything = np.random.default_rng(0).permutation(len(source.lengths))
     tokens, marks = source.read_tokens(everything), source.read_marks(everything)
-    monkeypatch.setattr(reader_module, "_OPEN_SHARDS", 4)
+    monkeypatch.setattr(LocalFiles, "open_shards", 4)
     fresh = InteractionPieces(Dataset(folder, "train"), 64)
     del source
     gc.collect()

@@ -20,9 +20,9 @@ import webdataset
 import zstandard
 from prep_corpus import write_jsonl
 
-from data_prep import fetch
 from data_prep.inputs import InputReader, Position
 from data_prep.sources import Source, resolve_inputs
+from rxt_dist.data import remote
 from rxt_dist.errors import DataError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -180,7 +180,7 @@ class _Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, bytes], list[str]]]:
-    monkeypatch.setattr(fetch, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "_FIRST_PAUSE_SECONDS", 0.01)
     files: dict[str, bytes] = {"flaky.jsonl": LINES}
     seen: list[str] = []
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Server, files=files, log=seen)) as found:
@@ -239,7 +239,7 @@ def test_files_that_a_web_server_does_not_deliver(
 
 
 def test_a_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "_FIRST_PAUSE_SECONDS", 0.01)
     with pytest.raises(DataError, match=r"127\.0\.0\.1:9/a\.jsonl: cannot fetch"):
         list(InputReader(resolve_inputs(["http://127.0.0.1:9/a.jsonl"]), tmp_path).chunks())
 
@@ -373,7 +373,8 @@ def test_bad_records_name_their_sample(run: Run, tokenizer_folder: Path, tmp_pat
 
 
 def test_hugging_face_datasets(run: Run, tokenizer_folder: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     rows = {"text": [f"row {i}" for i in range(600)], "id": [f"r{i}" for i in range(600)], "more": [1] * 600}
     whole = datasets.Dataset.from_dict(rows)
     whole.save_to_disk(str(tmp_path / "saved"))

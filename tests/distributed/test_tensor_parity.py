@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers.expert_cases import OPTIMIZERS, Case
-from helpers.mesh_parity import Launches, assert_parity
+from helpers.parity import Results, assert_one_process, results_of
 
 COVERING = [
     Case("joint_lm", 2, 2, zero=2, tensor_size=2, heads="one kv head, gated"),
@@ -26,6 +26,7 @@ SPECIAL = [
     Case("smat", 4, 1, zero=2, tensor_size=4),
     Case("memory_attention", 4, 1, accumulation=2, tensor_size=4),
     Case("smat", 2, 1, tensor_size=2, variant="switch, z"),
+    Case("joint_lm", 2, 2, 2, tensor_size=2, settings=(("zero.offload_optimizer", "cpu"),)),
     Case("smat, decoder joins", 4, 2, zero=2, tensor_size=2, variant="selection bias"),
 ]
 MATRIX = [
@@ -52,10 +53,10 @@ PARAMETERS = [
 
 
 @pytest.fixture(scope="module")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    return Launches([parameter.values for parameter in PARAMETERS], SLOW, tmp_path_factory)
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return results_of([(p.values[0], p.values[1]) for p in PARAMETERS], SLOW, tmp_path_factory)
 
 
 @pytest.mark.parametrize(("case", "optimizer"), PARAMETERS)
-def test_a_mesh_computes_what_one_process_computes(launches: Launches, case: Case, optimizer: str) -> None:
-    assert_parity(case, optimizer, launches.ranks(case, optimizer))
+def test_a_mesh_computes_what_one_process_computes(results: Results, case: Case, optimizer: str) -> None:
+    assert_one_process(case, optimizer, results(case, optimizer))

@@ -57,7 +57,7 @@ def test_every_field_is_described() -> None:
         ("`stages.N`", "frozen", "list of: `encoder`, `decoder`, `memory_attention`", "`[]`"),
         ("`optimizer`", "betas", "list of 2: number (from 0, below 1) each", "`[0.9, 0.999]`"),
         ("`zero`", "overlap_comm", "`true` or `false`", "`true`"),
-        ("`data`", "text", "path or list of: section (at least 1) or `null`", "`null`"),
+        ("`data`", "text", "path or URL or list of: section (at least 1) or `null`", "`null`"),
         ("`runtime`", "attention_backend", "`auto`, `flash`, `varlen`, `sdpa`", "`auto`"),
     ],
 )

@@ -56,15 +56,24 @@ def damaged(dataset: Path, folder: Path, blocks: list[int]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def settings(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def damaged_folders(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Datasets with one damaged block each, by kind."""
     folder = tmp_path_factory.mktemp("damaged")
-    text = damaged(datasets.text, folder / "text", [0])
+    return {
+        "text": damaged(datasets.text, folder / "text", [0]),
+        "conversations": damaged(datasets.conversations, folder / "conversations", [1]),
+    }
+
+
+@pytest.fixture(scope="module")
+def settings(datasets: Datasets, damaged_folders: dict[str, Path]) -> dict[str, Any]:
+    text = damaged_folders["text"]
     parts = f"{{path: {datasets.fewer_stories}}}, {{path: {text}, weight: 2}}"
     return SMALL | {
         "data.text": f"[{parts}]",
-        "data.conversations": damaged(datasets.conversations, folder / "conversations", [1]),
+        "data.conversations": damaged_folders["conversations"],
         "data.on_corrupt": "skip",
-        "data.max_corrupt_blocks": 1,
+        "data.max_corrupt_blocks": 2,
         "batch.lanes": 4,
         "batch.micro_packs": 1,  # the experts' balance loss is a mean over what is computed at once
         "batch.micro_lanes": 1,
@@ -95,15 +104,18 @@ def assert_close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> No
                 assert own[key] == value
 
 
-def test_the_ranks_leave_out_the_same_whoever_reads_the_damage(whole: dict[int, Path]) -> None:
+def test_the_ranks_leave_out_the_same_whoever_reads_the_damage(
+    whole: dict[int, Path], damaged_folders: dict[str, Path]
+) -> None:
     records = untimed(metrics(whole[1]))
     assert_close(untimed(metrics(whole[2])), records)
-    for stage in STAGES:
-        blocks = [record["corrupt_blocks"] for record in records if record["stage"] == stage]
-        assert blocks == sorted(blocks)
-        assert blocks[-1] == 1
+    blocks = {record["step"]: record["corrupt_blocks"] for record in records}
+    assert list(blocks.values()) == sorted(blocks.values())
+    assert [blocks[STEPS * number] for number in range(1, 5)] == [1, 2, 2, 2]  # of text, then of both kinds
     states = [trainer_state(checkpoints(whole[2])[step])["data_state"] for step in (3, 12)]
-    assert [state["corrupt_blocks"] for state in states] == [[[1, 0]], [[0, 1]]]
+    names = [load_manifest(damaged_folders[kind]).fingerprint for kind in ("text", "conversations")]
+    assert states[0]["corrupt_blocks"] == [[names[0], 0]]
+    assert states[1]["corrupt_blocks"] == sorted([[names[0], 0], [names[1], 1]])
     assert [state.keys() >= {"pack", "datasets"} for state in states] == [True, False]
     assert states[0]["pack"] == STEPS * SMALL["batch.packs"]
 
@@ -173,11 +185,20 @@ def test_more_damage_than_allowed_ends_the_run_on_all_ranks(
     start: Start, datasets: Datasets, tmp_path: Path
 ) -> None:
     text = damaged(datasets.text, tmp_path / "text", [0, 1])
-    result = start({"data.text": text})
+    result = start({"data.text": text, "data.max_corrupt_blocks": 1})
     assert result.codes == [2, 2]
     (line,) = refusals(result)
-    assert "data.max_corrupt_blocks: 2 blocks of this stage's data are damaged, valid are at most 1" in line
+    assert "data.max_corrupt_blocks: 2 blocks of the run's data are damaged, valid are at most 1" in line
     assert f"{text / 'train' / 'rxt-train-000000.tar'} is damaged: block " in line
+
+
+def test_the_blocks_of_all_stages_count(start: Start, damaged_folders: dict[str, Path]) -> None:
+    result = start({"data.max_corrupt_blocks": 1})
+    assert result.codes == [2, 2]
+    (line,) = refusals(result)
+    assert "2 blocks of the run's data are damaged" in line
+    assert f"{damaged_folders['conversations'] / 'train' / 'rxt-train-000000.tar'} is damaged" in line
+    assert "interaction_sft 1/" not in result.output or "joint_lm 3/3" in result.output
 
 
 def test_by_default_damage_ends_the_run(start: Start, datasets: Datasets, tmp_path: Path) -> None:

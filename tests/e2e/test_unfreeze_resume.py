@@ -27,6 +27,14 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fp32, ZeRO 1": (2, {"precision": "fp32"}),
     "bf16, ZeRO 1": (2, {"precision": "bf16"}),
     "bf16, ZeRO 2": (2, {"precision": "bf16", "zero.stage": 2, "batch.micro_lanes": 1}),
+    "bf16, ZeRO 3, offloaded": (
+        2,
+        {
+            "precision": "bf16",
+            "zero": "{stage: 3, offload_optimizer: cpu, reduce_dtype: fp32}",
+            "deepspeed.zero_optimization.stage3_param_persistence_threshold": 700,
+        },
+    ),
 }
 
 

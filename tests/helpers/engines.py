@@ -38,12 +38,21 @@ def start_engine(config: RunConfig, model: RxTModel, changes: dict[str, Any] | N
 
 def state_bytes(engine: StageEngine) -> dict[str, int]:
     """Bytes that this rank holds, by what for, from the engine's own tensors."""
-    zero = engine.engine.optimizer
-    state = [zero.optimizer.state[flat] for flat in zero.single_partition_of_fp32_groups]
+    zero, weights = engine.engine.optimizer, list(engine.engine.module.parameters())
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO 3
+        masters = zero.fp32_partitioned_groups_flat
+        if kept := zero.persistent_parameters:  # as after every step
+            kept[0].all_gather(kept)
+        weights = [tensor for p in weights for tensor in (p.data, p.ds_tensor)]
+    else:
+        masters = zero.single_partition_of_fp32_groups
+    state = [zero.optimizer.state[flat] for flat in masters]
     moments = [one[name] for one in state for name in ("exp_avg", "exp_avg_sq")]
+    optimizer = sum(t.numel() * t.element_size() for t in (*masters, *moments))
+    gradients = sum(flat.grad.numel() * flat.grad.element_size() for flat in masters if flat.grad is not None)
+    offloaded = getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False)
     return {
-        "weights": sum(p.numel() * p.element_size() for p in engine.engine.module.parameters()),
-        "optimizer": sum(
-            t.numel() * t.element_size() for t in (*zero.single_partition_of_fp32_groups, *moments)
-        ),
+        "weights": sum(t.numel() * t.element_size() for t in weights),
+        "optimizer": 0 if offloaded else optimizer,
+        "host_optimizer": optimizer + gradients if offloaded else 0,
     }

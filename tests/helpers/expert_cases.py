@@ -34,7 +34,7 @@ from rxt_dist.data.order import Pack
 from rxt_dist.data.pieces import Piece
 from rxt_dist.kernels.attention import set_attention_backend
 from rxt_dist.model import RxTModel, SequenceLayout, build_model
-from rxt_dist.model.canonical import canonical_parts, named_tensors
+from rxt_dist.model.canonical import CanonicalPart, canonical_parts, named_tensors
 from rxt_dist.model.moe import MoE
 from rxt_dist.parallel.mesh import Mesh
 from rxt_dist.parallel.parallelize import parallelize
@@ -76,6 +76,12 @@ HEADS = {
     "reverse": "{query_heads: 2, kv_heads: 4, qk_norm: true, output_bias: false}",
 }
 """What all attentions of a case have; None: each its own."""
+# So small a model would stay whole on every rank.
+CUT_EVERYTHING = (
+    "stage3_param_persistence_threshold",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+)
 STAGES = {
     "joint_lm": f"{{name: joint_lm, steps: {STEPS}}}",
     "smat": f"{{name: smat, steps: {STEPS}}}",
@@ -96,6 +102,8 @@ class Case(NamedTuple):
     accumulation: int = 1
     variant: str = "shared expert"
     recompute: str = "none"
+    settings: tuple[tuple[str, Any], ...] = ()
+    """Other settings of the run."""
     tensor_size: int = 1
     heads: str = "as tiny"
 
@@ -128,6 +136,9 @@ def _config(case: Case) -> RunConfig:
     heads = HEADS[case.heads]
     if heads is not None:
         values |= {f"model.{name}": heads for name in _ATTENTIONS}
+    if case.zero == 3:
+        values |= {f"deepspeed.zero_optimization.{name}": 0 for name in CUT_EVERYTHING}
+    values |= dict(case.settings)
     return load_config("tiny", [f"{name}={value}" for name, value in values.items()], require_data=False)
 
 
@@ -173,7 +184,7 @@ def whole_model(case: Case) -> RxTModel:
                 rows = moe.router.proj.weight
                 rows.mul_(6)
                 if moe.router.selection_bias is not None:
-                    moe.router.selection_bias.normal_(std=0.05, generator=generator)
+                    moe.router.selection_bias.normal_(std=0.08, generator=generator)
                 if "unused" in case.variant:
                     rows[-1] = rows[:-1].mean(0)  # the mean of all others is never above them all
     return model
@@ -227,11 +238,12 @@ def run_on_ranks(folder: Path, cases: list[tuple[int, Case, str]]) -> None:
     rank = dist.get_rank()
     for number, case, optimizer in cases:
         found = _train(case, model_of_rank(case, whole_model(case), rank), optimizer, rank)
-        torch.save(found, folder / f"{number}-{optimizer}-{rank}.pt")
+        torch.save(found, folder / f"{number}-{rank}.pt")
 
 
 def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, Any]:
     config = case.config()
+    parts = canonical_parts(model)  # while weights are whole
     engine = start_engine(config, model, {"optimizer": OPTIMIZERS[optimizer]})
     rate = OPTIMIZERS[optimizer]["params"]["lr"]
     share = UNITS // case.dp_size
@@ -248,9 +260,9 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
                 first = batch.first_lane - rank * share
                 columns = slice(first, first + len(batch.lanes))
             loss, metrics, carried = engine.forward(batch, counts, stm[:, columns])
-            engine.engine.backward(loss, scale_wrt_gas=False)
+            engine.backward(loss)
             if index == len(batches) - 1:
-                found["gradients"].append(_gradients(engine, model))
+                found["gradients"].append(reduced_gradients(engine, model, parts))
             engine.engine.step()
             if carried is not None:
                 stm[:, columns] = carried
@@ -268,17 +280,23 @@ def _train(case: Case, model: RxTModel, optimizer: str, rank: int) -> dict[str, 
     return found
 
 
-def _gradients(engine: StageEngine, model: RxTModel) -> dict[str, list[Any]]:
+def reduced_gradients(
+    engine: StageEngine, model: RxTModel, parts_of: dict[str, list[CanonicalPart]]
+) -> dict[str, list[Any]]:
     """Reduced gradients before clipping, by canonical name: boxes with their places in the whole tensor."""
-    trained = {id(p) for group in engine.engine.optimizer.bit16_groups for p in group}
+    from deepspeed.utils import safe_get_full_grad
+
+    zero = engine.engine.optimizer
+    cut = hasattr(zero, "fp16_groups")
+    trained = {id(p) for group in (zero.fp16_groups if cut else zero.bit16_groups) for p in group}
     found: dict[str, list[Any]] = {}
-    parts = canonical_parts(model)
     for name, parameter in model.named_parameters():
-        if id(parameter) in trained:
-            flat = parameter.get_full_hp_grad().view(-1)  # type: ignore[attr-defined]
-            for part in parts[name]:
-                box = part.of(flat).view(part.box.sizes).clone()
-                found.setdefault(part.name, []).append((list(part.box.starts), box))
+        if id(parameter) not in trained:
+            continue
+        flat = (safe_get_full_grad(parameter) if cut else parameter.get_full_hp_grad()).view(-1)  # type: ignore[attr-defined]
+        for part in parts_of[name]:
+            box = part.of(flat).view(part.box.sizes).clone()
+            found.setdefault(part.name, []).append((list(part.box.starts), box))
     return found
 
 

@@ -28,19 +28,19 @@ def test_without_the_policy_nothing_changes() -> None:
 
 
 def test_one_process_counts_what_it_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    corrupt = CorruptBlocks(skip=True, limit=2, known=[(0, 7)])
+    corrupt = CorruptBlocks(skip=True, limit=2, known=[("a", 7)])
     with caplog.at_level(logging.WARNING):
-        assert corrupt.agree(COUNTS, NOTHING, {(0, 7): "a"}) == COUNTS
-        assert corrupt.agree(COUNTS, lost(40), {(0, 7): "a", (0, 3): "b"}) == {
+        assert corrupt.agree(COUNTS, NOTHING, {("a", 7): "a"}) == COUNTS
+        assert corrupt.agree(COUNTS, lost(40), {("a", 7): "a", ("a", 3): "b"}) == {
             "tokens": 960,
             "masked": 146,
             "next": 861,
         }
-        corrupt.agree(COUNTS, lost(40), {(0, 7): "a", (0, 3): "b"})
-    assert corrupt.blocks == [(0, 3), (0, 7)]
+        corrupt.agree(COUNTS, lost(40), {("a", 7): "a", ("a", 3): "b"})
+    assert corrupt.blocks == [("a", 3), ("a", 7)]
     assert [record.message for record in caplog.records] == ["left out: b"]
     with pytest.raises(DataError, match=r"data\.max_corrupt_blocks: 3 blocks .* at most 2; the newest: c;"):
-        corrupt.agree(COUNTS, lost(1), {(0, 7): "a", (0, 3): "b", (1, 0): "c"})
+        corrupt.agree(COUNTS, lost(1), {("a", 7): "a", ("a", 3): "b", ("b", 0): "c"})
 
 
 def agree_on_ranks(folder: str) -> None:
@@ -58,11 +58,11 @@ def agree_on_ranks(folder: str) -> None:
     ]
     for step in steps:
         tokens, blocks = step[rank]
-        damage = {(0, block): f"block {block} by rank {rank}" for block in blocks}
+        damage = {("a", block): f"block {block} by rank {rank}" for block in blocks}
         counts = corrupt.agree(COUNTS, {"tokens": tokens, "masked": 0, "next": 0}, damage)
         found.append((counts["tokens"], [block for _, block in corrupt.blocks]))
     try:
-        corrupt.agree(COUNTS, NOTHING, {(1, 1): "one more"} if rank == 2 else {})
+        corrupt.agree(COUNTS, NOTHING, {("b", 1): "one more"} if rank == 2 else {})
     except DataError as error:
         found.append((0, [len(str(error))]))
     Path(folder, f"{rank}.txt").write_text(repr(found))

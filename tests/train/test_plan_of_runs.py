@@ -47,6 +47,13 @@ CASES += [
         },
     )
 ]
+SMALL_ONES = "deepspeed.zero_optimization.stage3_param_persistence_threshold"
+CASES += [
+    (STAGES[0], {"zero.stage": 3, SMALL_ONES: 0, "zero.offload_optimizer": "cpu"}),
+    (STAGES[1], {"zero.stage": 3, SMALL_ONES: 700, "precision": "bf16"}),
+    (STAGES[2], {"zero.stage": 3, "deepspeed.zero_optimization.stage3_model_persistence_threshold": 5000}),
+    (STAGES[2], {"zero.stage": 2, "zero.offload_optimizer": "cpu", "precision": "bf16"}),
+]
 
 
 def overrides(stage: str, own: dict[str, Any]) -> list[str]:
@@ -85,7 +92,7 @@ def test_weights_and_optimizer_state_are_those_of_real_engines(
             options = [part for one in overrides(stage, own) for part in ("--set", one)]
             (planned,) = plan("--config", "tiny", "--world-size", "2", *options, capsys=capsys)["stages"]
             assert {name: planned["memory_bytes"][name] for name in found} == found, (stage, rank)
-            assert found["optimizer"] > 0
+            assert found["optimizer"] + found["host_optimizer"] > 0
 
 
 def test_gradients_lanes_and_communication_by_hand() -> None:
@@ -189,7 +196,8 @@ def test_without_a_vocabulary_embedding_and_heads_are_left_out(capsys: pytest.Ca
         (["--config", "nope", "--world-size", "1"], "nope"),
         (["--config", "tiny", "--world-size", "8", "--set", "parallel.tensor_size=8"],
          "found 8; must divide model.encoder.attention.query_heads (4), valid: 1, 2, 4"),
-        (["--config", "tiny", "--world-size", "2", "--set", "zero.stage=3"], "zero.stage: found 3"),
+        (["--config", "tiny", "--world-size", "2", "--set", "zero.stage=3",
+          "--set", "parallel.expert_size=2"], "zero.stage: found 3, but parallel.expert_size is 2"),
         (["--config", "tiny", "--world-size", "2", "--set", "batch.lanes=3"], "batch.lanes (3)"),
         (["--model", "tiny", "--vocab-size", "90", "--world-size", "2"], "belong to --config"),
         (["--model", "tiny", "--vocab-size", "90", "--set", "seed=1"], "belong to --config"),
