@@ -125,7 +125,7 @@ def train_lanes(folder: Any) -> None:
                 buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
                 record.append({"tokens": step.counts["tokens"], "loads": loads, "buffers": buffers})
         fragments = engine.owned_fragments()
-        saved = {key: fragments[key].values.clone() for key in fragments if "selection_bias" in key}
+        saved = {key: fragments[key].chunks[0][1].clone() for key in fragments if "selection_bias" in key}
         weights = {p.dtype for p in engine.engine.module.parameters()}
         found[f"{precision}-{recompute}"] = {
             "steps": record,
