@@ -259,12 +259,11 @@ def reduced_gradients(
     cut = hasattr(zero, "fp16_groups")
     trained = {id(p) for group in (zero.fp16_groups if cut else zero.bit16_groups) for p in group}
     found = {}
-    for name, parts in parts_of.items():
-        parameter = model.get_parameter(name)
+    for name, parameter in model.named_parameters():
         if id(parameter) not in trained:
             continue
         flat = (safe_get_full_grad(parameter) if cut else parameter.get_full_hp_grad()).view(-1)
-        for part in parts:
+        for part in parts_of[name]:
             found[part.name] = (part.offset, part.of(flat).clone())
     return found
 

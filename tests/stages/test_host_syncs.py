@@ -31,7 +31,7 @@ PASSES = {"text": 1, "lanes": 2, "lanes, computed again": 3}
 
 def batches(case: Case) -> Iterator[Any]:
     if case.stage == "joint_lm":
-        yield text_batch(range(4), 0)
+        yield text_batch(case, range(4), 0)
         return
     with windows(conversations(case), window=2, lanes=4) as steps:
         yield next(steps).batches[0]
