@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from rxt_dist.errors import ConfigError
+from rxt_dist.kernels.compilation import compiles
 
 BackendName = Literal["flash", "varlen", "sdpa"]
 # flash-attn's wheels are commonly built for bf16 alone, and then give wrong numbers in fp16.
@@ -95,7 +96,8 @@ def attention(
 
 
 def set_attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> BackendName:
-    """Choose the backend of :func:`attention` for this process; call once, before the first step.
+    """Choose the backend of :func:`attention` for this process; call before the first step, and after
+    :func:`~rxt_dist.kernels.compilation.set_compile`.
 
     Args:
         name: "flash", "varlen", "sdpa", or "auto" for the first of these that works here.
@@ -258,12 +260,12 @@ def _sdpa(
 _Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionLayout, bool, float], torch.Tensor]
 
 
-# Its index tensors are kept with the layout, which compiled code cannot do.
-_eager_sdpa: _Backend = torch.compiler.disable(_sdpa)  # type: ignore[no-untyped-call]
-
-
 def _make_sdpa() -> _Backend:
-    return _eager_sdpa
+    if not compiles():
+        return _sdpa
+    # Its index tensors are kept with the layout, which compiled code cannot do.
+    eager: _Backend = torch.compiler.disable(_sdpa)  # type: ignore[no-untyped-call]
+    return eager
 
 
 def _make_flash() -> _Backend:
@@ -317,4 +319,4 @@ _BACKENDS: dict[BackendName, Callable[[], _Backend]] = {
     "varlen": _make_varlen,
     "sdpa": _make_sdpa,
 }
-_backend: _Backend = _eager_sdpa
+_backend: _Backend = _sdpa

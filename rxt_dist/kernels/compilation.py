@@ -24,6 +24,11 @@ def set_compile(enabled: bool) -> None:
     _enabled = enabled
 
 
+def compiles() -> bool:
+    """Whether marked functions are compiled."""
+    return _enabled
+
+
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Mark ``function`` as a region: compiled after :func:`set_compile`, while gradients are recorded."""
     return _region(function, needs_grad=True)

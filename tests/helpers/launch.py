@@ -235,6 +235,7 @@ def _run_python(arguments: list[str], files: list[Path]) -> None:
     os.chdir(REPOSITORY)
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
+        sys.modules.pop(arguments[1], None)
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = arguments

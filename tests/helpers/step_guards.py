@@ -14,6 +14,7 @@ from benchmarks.stepping import Loop
 from benchmarks.workload import datasets, read_config
 from rxt_dist.config import RunConfig
 from rxt_dist.kernels.attention import set_attention_backend
+from rxt_dist.kernels.compilation import set_compile
 from rxt_dist.parallel.bootstrap import World, start_process_group
 from rxt_dist.stages import open_pieces
 from rxt_dist.train.build import build_engine
@@ -50,6 +51,7 @@ def prepared(overrides: Sequence[str], folder: Path, world: World) -> Iterator[R
     config, stages = read_config("tiny", [*SMALL, *overrides], None)
     arguments = argparse.Namespace(lengths=["12", "64"], interactions=3, folder=folder)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    set_compile(config.runtime.compile)
     set_attention_backend(config.runtime.attention_backend, world.device, dtype)
     with datasets(config, stages, world, 40, arguments) as run:
         yield run

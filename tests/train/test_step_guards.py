@@ -19,8 +19,8 @@ from helpers.host_waits import host_waits
 from helpers.launch import run_function
 from helpers.step_guards import STAGES, loop_of, losses_of, one_rank, prepared
 
-from rxt_dist.config import RuntimeConfig
 from rxt_dist.kernels.attention import set_attention_backend
+from rxt_dist.kernels.compilation import set_compile
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BF16 = "precision=bf16"
@@ -29,9 +29,6 @@ MOST_A_STEP = 3
 # Without CUDA, PyTorch's AdamW reads its step counter, which is a tensor on the host.
 ON_CPU = "deepspeed/stage_1_and_2.py:_optimizer_step"
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-compiles = pytest.mark.skipif(
-    "compile" not in RuntimeConfig.model_fields, reason="runtime.compile is not there"
-)
 COMPILE = "runtime.compile=true"
 BOUND = 0.01
 """Losses of eager and compiled steps may differ by bf16's roundings: by 1 % at most within 20 updates."""
@@ -152,7 +149,6 @@ class TestWatcher:
 
 
 @pytest.mark.slow
-@compiles
 def test_compiled_on_a_cpu(tmp_path: Path) -> None:
     tiny = (BF16, "model.embed_dim=32")  # the norm of fp32 on a CPU is one that no GPU runs
     check_curves(in_own_process(tmp_path, "curves", ["joint_lm", "smat"], *tiny, timeout=900), bound=BOUND)
@@ -168,16 +164,15 @@ class TestOnGpu:
         """DeepSpeed remembers groups, so that a process has one process group for all its tests."""
         with one_rank(CUDA):
             yield
+        set_compile(False)
         set_attention_backend("sdpa", CPU, torch.float32)
 
     def test_no_step_waits(self, tmp_path: Path) -> None:
         check_waits(waits(CUDA, tmp_path, BF16))
 
-    @compiles
     def test_no_compiled_step_waits(self, tmp_path: Path) -> None:
         check_waits(waits(CUDA, tmp_path, BF16, COMPILE))
 
-    @compiles
     def test_compiled(self, tmp_path: Path) -> None:
         check_curves(curves(CUDA, tmp_path, list(STAGES), BF16), bound=BOUND)
 
