@@ -25,6 +25,7 @@ from rxt_dist.config import (
     micro_units,
 )
 from rxt_dist.config.mesh import step_units
+from rxt_dist.config.run import ANSWER_STAGES, stage_window
 from rxt_dist.model.model import empty_model
 from rxt_dist.model.moe import MoE
 from rxt_dist.parallel.mesh import Mesh
@@ -113,11 +114,15 @@ class _StagePlan:
         }
 
     @property
+    def window(self) -> int:
+        return stage_window(self.config, self.stage)
+
+    @property
     def micro_tokens(self) -> int:
         """Most tokens of one micro-batch of a rank, through a whole window where there is one."""
         batch = self.config.batch
         if self.stage.uses_lanes:
-            return self.micro * batch.window * self.config.model.seq_len
+            return self.micro * self.window * self.config.model.seq_len
         return self.micro * batch.pack_tokens
 
     def _held(self, parameters: Iterable[nn.Parameter]) -> int:
@@ -182,19 +187,20 @@ class _StagePlan:
             elements += tokens * part.num_layers * layer
         if self._keeps("decoder"):
             elements += tokens * _decoder_elements(model)
-        if self.stage.uses_lanes:
-            window, part_ = self.config.batch.window, model.memory_attention
-            slots = self.micro * window * model.decoder.num_layers * model.stm_size
+        if self.stage.uses_lanes and self.stage.name != "context_sft":
+            part_ = model.memory_attention
+            slots = self.micro * self.window * model.decoder.num_layers * model.stm_size
             elements += slots * _attention(model, part_.heads, part_.attention)
-        if self.stage.uses_lanes and self.config.runtime.recompute == "interaction":
-            elements //= self.config.batch.window
+        recomputes = self.stage.uses_lanes and self.stage.name != "context_sft"
+        if recomputes and self.config.runtime.recompute == "interaction":
+            elements //= self.window
         return elements
 
     def _keeps(self, component: str) -> bool:
         if component in self.stage.frozen:
             return False
         if self.stage.uses_lanes:
-            return self.stage.name == "smat"
+            return self.stage.name in ANSWER_STAGES
         return uses(self.stage.components, component)
 
 
