@@ -187,7 +187,9 @@ class _StagePlan:
             elements += tokens * part.num_layers * layer
         if self._keeps("decoder"):
             elements += tokens * _decoder_elements(model)
-        if self.stage.uses_lanes and self.stage.name != "context_sft":
+        if self.stage.name == "context_sft":
+            elements += self._read_elements()
+        elif self.stage.uses_lanes:
             part_ = model.memory_attention
             slots = self.micro * self.window * model.decoder.num_layers * model.stm_size
             elements += slots * _attention(model, part_.heads, part_.attention)
@@ -195,6 +197,14 @@ class _StagePlan:
         if recomputes and self.config.runtime.recompute == "interaction":
             elements //= self.window
         return elements
+
+    def _read_elements(self) -> int:
+        """Of the encodings that the positions of a window read: each position all those up to it."""
+        model = self.config.model
+        part = model.decoder
+        rows = self.micro * model.seq_len * self.window * (self.window + 1) // 2
+        keys_values = 2 * part.cross_attention.kv_heads * (model.embed_dim // part.heads)
+        return rows * part.num_layers * (2 * model.embed_dim + 2 * keys_values)
 
     def _keeps(self, component: str) -> bool:
         if component in self.stage.frozen:

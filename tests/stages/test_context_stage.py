@@ -15,6 +15,7 @@ from helpers.lanes import (
     gradients,
     lane_config,
     lane_model,
+    lane_module,
     random_conversations,
     size_of,
     timeline,
@@ -26,7 +27,6 @@ from rxt_dist.config import RunConfig, load_config
 from rxt_dist.errors import ConfigError
 from rxt_dist.model import RxTModel, SequenceLayout
 from rxt_dist.parallel.bootstrap import World
-from rxt_dist.stages import build_stage
 from rxt_dist.train.memory_evaluation import evaluate_context
 
 COUNTS = [3, 1, 5, 2, 4, 7, 1, 6]
@@ -35,12 +35,6 @@ LANES = 4
 
 def context_config(**settings: Any) -> RunConfig:
     return lane_config("{name: context_sft, steps: 4, system_prompts: true}", **settings)
-
-
-def context_module(config: RunConfig, model: RxTModel) -> Any:
-    module = build_stage(model, config, config.stages[0])
-    module.freeze()
-    return module
 
 
 def encoding(model: RxTModel, tokens: list[int]) -> torch.Tensor:
@@ -81,7 +75,7 @@ def test_loss_and_gradients_are_those_of_a_plain_loop(window: int) -> None:
     """Lanes whose conversations begin inside a window, with and without a system prompt."""
     config = context_config()
     model = lane_model(config)
-    module = context_module(config, model)
+    module = lane_module(config, model)
     conversations = random_conversations(COUNTS)
     prompts = [[2, 9, 11, 30], [], [2, 8], [], [2, 17, 12], [], [], [2, 40]]
     source, lanes = MemoryPieces(conversations, prompts), Lanes(module, config)
@@ -123,7 +117,7 @@ def test_loss_and_gradients_are_those_of_a_plain_loop(window: int) -> None:
 def test_a_lane_without_an_interaction_adds_nothing_that_is_read() -> None:
     """A damaged block: not even NaN of its encoding reaches a loss or a gradient."""
     config = context_config()
-    module = context_module(config, lane_model(config))
+    module = lane_module(config)
     with windows(MemoryPieces(random_conversations([6] * 4)), window=3) as steps:
         step = next(steps)
     (batch,) = step.batches
@@ -141,7 +135,7 @@ def test_a_lane_without_an_interaction_adds_nothing_that_is_read() -> None:
 
 def test_parameters_are_those_of_encoder_and_decoder_and_the_carried_memory_is_left_alone() -> None:
     config = context_config()
-    module = context_module(config, lane_model(config))
+    module = lane_module(config)
     assert {name for name, _ in module.named_children()} == {"encoder", "decoder"}
     stm = torch.randn(2, LANES, 6, config.model.embed_dim)
     with windows(MemoryPieces(random_conversations(COUNTS)), window=2) as steps:
@@ -153,7 +147,7 @@ def test_parameters_are_those_of_encoder_and_decoder_and_the_carried_memory_is_l
 def test_evaluation_reads_whole_conversations_with_their_own_no_and_foreign_encodings() -> None:
     config = context_config(batch__lanes=8)
     model = lane_model(config)
-    module = context_module(config, model).eval()
+    module = lane_module(config, model).eval()
     conversations = [
         [Interaction(one.tokens, one.answer, [0] * 4 + [1] * (len(one.tokens) - 4)) for one in conversation]
         for conversation in random_conversations(COUNTS, seed=4)
