@@ -1,9 +1,10 @@
 """Does a model learn to use its memory? Train on synthetic conversations and measure recall by distance.
 
 Makes the data, trains configs/runs/recall.yaml once for every seed, and evaluates each run on held-out
-conversations like the trained ones, on conversations about twice as long, and on conversations whose facts
-are overwritten. Finished steps are skipped, so an interrupted benchmark can simply be started again. Prints
-the share of marked words recalled with the true, a fresh and a foreign memory, and writes it as JSON.
+conversations like the trained ones, on conversations about twice as long, on conversations whose facts are
+overwritten, and on conversations with many facts of a single kind, in which it does not help to know which
+values were said: only which object has which. Finished steps are skipped, so an interrupted benchmark can
+simply be started again. Prints the share of marked words recalled with the true, a fresh and a foreign memory, and writes it as JSON.
 
     python benchmarks/memory_proof.py --output runs/memory-proof --seeds 0 1 2
 """
@@ -31,6 +32,7 @@ EVALUATED = {
     "held-out": (),
     "longer": ("--min-interactions", "14", "--max-interactions", "20"),
     "overwritten": ("--overwrite", "0.5"),
+    "one-kind": ("--kinds", "1", "--state-share", "0.45"),
 }
 _TRAINED_SEED, _HELD_OUT_SEED = 1, 2
 
