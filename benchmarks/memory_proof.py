@@ -4,7 +4,8 @@ Makes the data, trains configs/runs/recall.yaml once for every seed, and evaluat
 conversations like the trained ones, on conversations about twice as long, on conversations whose facts are
 overwritten, and on conversations with many facts of a single kind, in which it does not help to know which
 values were said: only which object has which. Finished steps are skipped, so an interrupted benchmark can
-simply be started again. Prints the share of marked words recalled with the true, a fresh and a foreign memory, and writes it as JSON.
+simply be started again. Prints the share of marked words recalled with the true, a fresh and a foreign
+memory, and writes it as JSON.
 
     python benchmarks/memory_proof.py --output runs/memory-proof --seeds 0 1 2
 """
