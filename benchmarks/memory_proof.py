@@ -1,9 +1,11 @@
 """Does a model learn to use its memory? Train on synthetic conversations and measure recall by distance.
 
 Makes the data, trains configs/runs/recall.yaml once for every seed, and evaluates each run on held-out
-conversations like the trained ones, on conversations about twice as long, and on conversations whose facts
-are overwritten. Finished steps are skipped, so an interrupted benchmark can simply be started again. Prints
-the share of marked words recalled with the true, a fresh and a foreign memory, and writes it as JSON.
+conversations like the trained ones, on conversations about twice as long, on conversations whose facts are
+overwritten, and on conversations with many facts of a single kind, in which it does not help to know which
+values were said: only which object has which. Finished steps are skipped, so an interrupted benchmark can
+simply be started again. Prints the share of marked words recalled with the true, a fresh and a foreign
+memory, and writes it as JSON.
 
     python benchmarks/memory_proof.py --output runs/memory-proof --seeds 0 1 2
 """
@@ -26,13 +28,15 @@ from rxt_dist.demo import prepare, training_command
 from rxt_dist.errors import FAILED_EXIT_CODE
 
 DISTANCES = (1, 2, 3, 4)
+_ONE_KIND = ("--kinds", "1", "--state-share", "0.45")
 # Name of an evaluated dataset -> what its conversations have that the trained ones have not.
 EVALUATED = {
     "held-out": (),
     "longer": ("--min-interactions", "14", "--max-interactions", "20"),
     "overwritten": ("--overwrite", "0.5"),
+    "one-kind": _ONE_KIND,
 }
-_TRAINED_SEED, _HELD_OUT_SEED = 1, 2
+_TRAINED_SEED, _HELD_OUT_SEED, _ONE_KIND_SEED = 1, 2, 3
 
 
 def main() -> int:
@@ -59,7 +63,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--config", default="recall", help="run file or name (default: %(default)s)")
     parser.add_argument("--facts", type=int, default=1, help="facts a statement (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
-    parser.add_argument("--conversations", type=int, default=60_000, help="trained on (default: %(default)s)")
+    parser.add_argument(
+        "--conversations",
+        type=int,
+        default=60_000,
+        help="trained on, half of them of one kind (default: %(default)s)",
+    )
     parser.add_argument("--stories", type=int, default=20_000, help="trained on (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=2_000, help="of each kind (default: %(default)s)")
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side (default: %(default)s)")
@@ -69,22 +78,28 @@ def _arguments() -> argparse.Namespace:
 
 def _prepare_data(data: Path, arguments: argparse.Namespace) -> None:
     shape = ["--distance-weights", "linear", "--facts-per-statement", str(arguments.facts)]
-    trained = ["--max-interactions", "10", "--conversations", str(arguments.conversations)]
-    trained += ["--stories", str(arguments.stories), "--seed", str(_TRAINED_SEED)]
+    # Half of what is trained on is of one kind: in the rest binding pays too seldom to be learned.
+    trained = ["--max-interactions", "10", "--conversations", str(arguments.conversations // 2)]
     held_out = ["--conversations", str(arguments.held_out), "--stories", "1", "--max-interactions", "10"]
-    raw = {"trained": trained}
+    stories = ["--stories", str(arguments.stories)]
+    raw = {
+        "trained": [*trained, *stories, "--seed", str(_TRAINED_SEED)],
+        "trained-one-kind": [*trained, "--stories", "1", *_ONE_KIND, "--seed", str(_ONE_KIND_SEED)],
+    }
     for name, special in EVALUATED.items():
         raw[name] = [*held_out, *special, "--seed", str(_HELD_OUT_SEED)]
     for name, options in raw.items():
         _data(data / name / "raw", "synth", *shape, *options)
-    texts = [f"--input={data / 'trained' / 'raw' / f'{kind}.jsonl'}" for kind in ("stories", "conversations")]
-    _data(data / "tokenizer", "tokenizer", *texts, "--vocab-size", "512")
+    stories = f"--input={data / 'trained' / 'raw' / 'stories.jsonl'}"
+    conversations = {name: f"--input={data / name / 'raw' / 'conversations.jsonl'}" for name in raw}
+    _data(data / "tokenizer", "tokenizer", stories, conversations["trained"], "--vocab-size", "512")
     tokenizer = ["--tokenizer", str(data / "tokenizer")]
-    _data(data / "text", "shard", "text", texts[0], *tokenizer)
-    for name in raw:
-        source = f"--input={data / name / 'raw' / 'conversations.jsonl'}"
+    _data(data / "text", "shard", "text", stories, *tokenizer)
+    both = [conversations["trained"], conversations["trained-one-kind"]]
+    sources = {"trained": both, **{name: [conversations[name]] for name in EVALUATED}}
+    for name, inputs in sources.items():
         fraction = ["--val-fraction", "0.01" if name == "trained" else "0"]
-        _data(data / name / "shards", "shard", "conversations", source, *tokenizer, *fraction)
+        _data(data / name / "shards", "shard", "conversations", *inputs, *tokenizer, *fraction)
 
 
 def _data(output: Path, *arguments: str) -> None:

@@ -239,19 +239,25 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
         "min_interactions": "shortest conversation",
         "max_interactions": "longest conversation",
         "max_distance": "how many interactions back a question may reach",
+        "kinds": "kinds of facts in a conversation (recall only)",
     }
     for name, text in numbers.items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(
             option, type=int, default=getattr(defaults, name), help=f"{text} (default %(default)s)"
         )
-    parser.add_argument(
-        "--overwrite",
-        type=float,
-        default=defaults.overwrite,
-        metavar="SHARE",
-        help="share of later statements that change a fact stated before (recall only, default %(default)s)",
-    )
+    shares = {
+        "state_share": "share of the interactions after the first that state facts",
+        "overwrite": "share of later statements that change a fact stated before (recall only)",
+    }
+    for name, text in shares.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=float,
+            default=getattr(defaults, name),
+            metavar="SHARE",
+            help=f"{text} (default %(default)s)",
+        )
     parser.set_defaults(run=_run_synth)
 
 

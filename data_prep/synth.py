@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 from data_prep.output import OutputFolder
 from data_prep.progress import progress_bar
-from data_prep.synth_recall import RecallProfile
+from data_prep.synth_recall import KINDS, RecallProfile
 from data_prep.synth_rich import RichProfile
 from data_prep.synth_types import Fact
 from rxt_dist.errors import DataError
@@ -27,8 +27,7 @@ PROFILES = ("recall", "rich")
 DISTANCE_WEIGHTS = ("uniform", "linear")
 MAX_FACTS_PER_STATEMENT = 5
 
-_P_STATE = 0.2  # share of interactions after the first that state facts
-_P_FILLER = 0.2
+_P_FILLER = 0.2  # share of interactions after the first
 
 
 class Profile(Protocol):
@@ -65,6 +64,12 @@ class SynthOptions:
     overwrite: float = 0.0
     """Share of the later statements that give a fact stated before another value."""
 
+    state_share: float = 0.2
+    """Share of the interactions after the first that state facts, as long as there are any to state."""
+
+    kinds: int = len(KINDS)
+    """Kinds of facts in one conversation of the recall profile."""
+
     def check(self) -> None:
         """Raise :class:`DataError` for a value out of range."""
         for name in ("conversations", "stories"):
@@ -86,8 +91,15 @@ class SynthOptions:
             raise DataError(f"--max-distance is {self.max_distance}; it must be at least 1")
         if not 0.0 <= self.overwrite <= 1.0:
             raise DataError(f"--overwrite is {self.overwrite}; it must be between 0 and 1")
-        if self.overwrite and self.profile != "recall":
-            raise DataError(f"--overwrite needs --profile recall; found {self.profile}")
+        if not 0.0 <= self.state_share <= 1.0 - _P_FILLER:
+            raise DataError(
+                f"--state-share is {self.state_share}; it must be between 0 and {1.0 - _P_FILLER}"
+            )
+        if not 1 <= self.kinds <= len(KINDS):
+            raise DataError(f"--kinds is {self.kinds}; it must be between 1 and {len(KINDS)}")
+        for name, used in (("overwrite", self.overwrite > 0), ("kinds", self.kinds < len(KINDS))):
+            if used and self.profile != "recall":
+                raise DataError(f"--{name} needs --profile recall; found {self.profile}")
 
 
 def write_corpus(output: Path, options: SynthOptions) -> None:
@@ -106,8 +118,7 @@ def write_corpus(output: Path, options: SynthOptions) -> None:
 
 
 def _profile(options: SynthOptions) -> Profile:
-    profiles: dict[str, type[Profile]] = {"recall": RecallProfile, "rich": RichProfile}
-    return profiles[options.profile]()
+    return RecallProfile(options.kinds) if options.profile == "recall" else RichProfile()
 
 
 def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -144,7 +155,8 @@ def _conversation(profile: Profile, options: SynthOptions, random: Random) -> It
         for fact, last in mentioned.items():
             if turn - last <= options.max_distance:
                 by_distance.setdefault(turn - last, []).append(fact)
-        match _move(random, can_state=len(unused) >= options.facts_per_statement, can_ask=bool(by_distance)):
+        can_state = len(unused) >= options.facts_per_statement
+        match _move(random, options.state_share, can_state=can_state, can_ask=bool(by_distance)):
             case "state":
                 facts = [unused.pop() for _ in range(options.facts_per_statement)]
                 if options.overwrite and mentioned and random.random() < options.overwrite:
@@ -171,10 +183,12 @@ def _overwrite(random: Random, mentioned: dict[Fact, int]) -> Fact:
     return old.rewrite(random)
 
 
-def _move(random: Random, *, can_state: bool, can_ask: bool) -> Literal["state", "ask", "filler"]:
+def _move(
+    random: Random, state_share: float, *, can_state: bool, can_ask: bool
+) -> Literal["state", "ask", "filler"]:
     """The first interaction states (there is nothing to ask yet); later ones mostly ask."""
     drawn = random.random()
-    if can_state and drawn < _P_STATE:
+    if can_state and drawn < state_share:
         return "state"
     if can_ask:
         return "filler" if drawn >= 1.0 - _P_FILLER else "ask"

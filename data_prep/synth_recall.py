@@ -7,6 +7,7 @@ same single token wherever it occurs, and recall can be scored on one token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 from data_prep.synth_types import Fact, Question
@@ -29,16 +30,24 @@ _FILLERS = (
 )
 
 
+KINDS = ("owner", "place", "price")
+
+
 class RecallProfile:
-    """See the module's text."""
+    """See the module's text. Each conversation has facts of ``kinds`` of the :data:`KINDS`: of one kind, all
+    values can answer every question, and only which object has which tells."""
+
+    def __init__(self, kinds: int = len(KINDS)) -> None:
+        self._kinds = kinds
 
     def facts(self, random: Random) -> list[Fact]:
         """Ten facts; every object and every name occurs in at most one of them."""
         names = random.sample(NAMES, len(NAMES))
-        return [self._fact(random, names.pop(), item) for item in random.sample(OBJECTS, len(OBJECTS))]
+        kinds = KINDS if self._kinds == len(KINDS) else random.sample(KINDS, self._kinds)
+        return [self._fact(random, kinds, names.pop(), item) for item in random.sample(OBJECTS, len(OBJECTS))]
 
-    def _fact(self, random: Random, name: str, item: str) -> Fact:
-        kind = random.choice(("owner", "place", "price"))
+    def _fact(self, random: Random, kinds: Sequence[str], name: str, item: str) -> Fact:
+        kind = random.choice(kinds)
         if kind == "owner":
             return self._owner(name, item, random.choice(COLOURS))
         if kind == "place":

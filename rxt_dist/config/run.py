@@ -16,7 +16,7 @@ ConfigPath = Annotated[Path, Field(strict=False)]
 Betas = Annotated[
     tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
 ]
-StageName = Literal["joint_lm", "interaction_sft", "memory_attention", "smat"]
+StageName = Literal["joint_lm", "interaction_sft", "context_sft", "memory_attention", "smat"]
 Component = Literal["encoder", "decoder", "memory_attention"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 DataKind = Literal["text", "conversations"]
@@ -27,13 +27,16 @@ DATA_KINDS: tuple[DataKind, ...] = get_args(DataKind)
 STAGE_DATA: dict[StageName, DataKind] = {
     "joint_lm": "text",
     "interaction_sft": "conversations",
+    "context_sft": "conversations",
     "memory_attention": "conversations",
     "smat": "conversations",
 }
 """The dataset that each stage trains on, as a field of :class:`DataConfig`."""
 
-LANE_STAGES: tuple[StageName, ...] = ("memory_attention", "smat")
-"""Stages in which lanes carry an STM through conversations."""
+LANE_STAGES: tuple[StageName, ...] = ("context_sft", "memory_attention", "smat")
+"""Stages that train on windows of conversation lanes."""
+ANSWER_STAGES: tuple[StageName, ...] = ("context_sft", "smat")
+"""Those that answer an interaction while they read what came before it."""
 
 _STAGE_FIELDS: dict[str, tuple[StageName, ...]] = {
     "components": ("joint_lm", "interaction_sft"),
@@ -49,7 +52,8 @@ _STAGE_FIELDS: dict[str, tuple[StageName, ...]] = {
     "unused_slots": ("memory_attention",),
     "frozen": ("smat",),
     "unfreeze": ("smat",),
-    "system_prompts": ("smat",),
+    "system_prompts": ANSWER_STAGES,
+    "window": LANE_STAGES,
 }
 """Fields of a stage that only some stages have; elsewhere they must keep their default."""
 
@@ -217,7 +221,8 @@ class StageConfig(Section):
 
     name: StageName
     """joint_lm: masked-LM and autoregressive loss on text; interaction_sft: both on single interactions;
-    memory_attention: self-supervised memory update; smat: supervised memory-aware training."""
+    context_sft: answers that read the encodings of earlier interactions; memory_attention: self-supervised
+    memory update; smat: supervised memory-aware training."""
     steps: int = Field(ge=1)
     """Optimizer steps."""
     components: Literal["joint", "encoder", "decoder"] = "joint"
@@ -251,7 +256,11 @@ class StageConfig(Section):
     unfreeze: UnfreezeConfig = Field(default_factory=UnfreezeConfig)
     """Components that keep their weights at the beginning of the stage, and train later."""
     system_prompts: bool = False
-    """Whether the system prompt of a conversation that has one is written into its STM at the beginning."""
+    """Whether the system prompt of a conversation that has one is written into its STM at the beginning, or
+    is the first that context_sft reads."""
+    window: int | None = Field(None, ge=1)
+    """Consecutive interactions of a lane that one optimizer step of the stage trains on (null:
+    batch.window)."""
 
     @property
     def uses_lanes(self) -> bool:
@@ -430,6 +439,9 @@ class RunConfig(Section):
         if self.model.encoder.reads_memory:
             found = "found true; encoders that read the memory can be run but not trained; valid: false"
             problems.append(Problem("model.encoder.reads_memory", found))
+        if self.model.decoder.causal_cross and any(stage.name == "context_sft" for stage in self.stages):
+            valid = "its rows are not counted by position in stage context_sft; valid: false"
+            problems.append(Problem("model.decoder.causal_cross", f"found true; {valid}"))
         for index, stage in enumerate(self.stages):
             warmup = stage_optimizer(self, stage).warmup_steps
             if warmup > stage.steps:
@@ -463,6 +475,11 @@ class RunConfig(Section):
             valid = f"needs precision bf16, precision is {self.precision}; valid: false"
             problems.append(Problem("runtime.compile", f"found true; {valid}"))
         return problems
+
+
+def stage_window(config: RunConfig, stage: StageConfig) -> int:
+    """Interactions of a lane in one optimizer step of ``stage``, which has lanes."""
+    return config.batch.window if stage.window is None else stage.window
 
 
 def stage_optimizer(config: RunConfig, stage: StageConfig) -> OptimizerConfig:

@@ -11,6 +11,7 @@ from rxt_dist.data.store import DatasetStore
 from rxt_dist.errors import ConfigError
 from rxt_dist.model import RxTModel
 from rxt_dist.stages.base import StageModule, Term
+from rxt_dist.stages.context import ContextModule
 from rxt_dist.stages.memory_attention import MemoryAttentionModule
 from rxt_dist.stages.smat import SmatModule
 from rxt_dist.stages.text import TextStageModule
@@ -19,9 +20,10 @@ __all__ = ["Pieces", "StageModule", "Term", "TextStageModule", "build_stage", "d
 
 Pieces = TextPieces | InteractionPieces | MixedPieces
 
-_MODULES: dict[StageName, type[TextStageModule | MemoryAttentionModule | SmatModule]] = {
+_MODULES: dict[StageName, type[TextStageModule | ContextModule | MemoryAttentionModule | SmatModule]] = {
     "joint_lm": TextStageModule,
     "interaction_sft": TextStageModule,
+    "context_sft": ContextModule,
     "memory_attention": MemoryAttentionModule,
     "smat": SmatModule,
 }

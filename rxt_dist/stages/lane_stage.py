@@ -129,16 +129,21 @@ class LaneStageModule(StageModule):
         return {**memory, **super().observations(counts)}
 
     def local_counts(self, batch: WindowBatch) -> dict[str, int]:
-        positions = batch.positions
-        return {
-            "tokens": sum(int(at.present[at.layout.sequence_ids].sum()) for at in positions),
-            "answer": sum(at.next_index.numel() for at in positions),
-            "interactions": sum(int(at.present.sum()) for at in positions),
-        }
+        return window_counts(batch)
 
     @property
     def generates(self) -> bool:
         return False
+
+
+def window_counts(batch: WindowBatch) -> dict[str, int]:
+    """Tokens, supervised answer tokens and interactions of a window."""
+    positions = batch.positions
+    return {
+        "tokens": sum(int(at.present[at.layout.sequence_ids].sum()) for at in positions),
+        "answer": sum(at.next_index.numel() for at in positions),
+        "interactions": sum(int(at.present.sum()) for at in positions),
+    }
 
 
 def add_sums(found: Sequence[Sums], column: int) -> torch.Tensor:

@@ -15,9 +15,10 @@ from rxt_dist.parallel.collectives import sum_over_ranks
 from rxt_dist.parallel.experts import uneven_passes
 from rxt_dist.randomness import derive_key
 from rxt_dist.stages import Pieces, StageModule, TextStageModule
+from rxt_dist.stages.context import ContextModule
 from rxt_dist.stages.lane_stage import LaneStageModule
 from rxt_dist.stages.smat import SmatModule
-from rxt_dist.train.memory_evaluation import evaluate_memory, evaluate_updates
+from rxt_dist.train.memory_evaluation import evaluate_context, evaluate_memory, evaluate_updates
 from rxt_dist.train.sampling import sample_continuations
 
 
@@ -44,8 +45,10 @@ def evaluate_stage(
                     if world.dp_rank == 0:
                         results["samples"] = _samples(module, source, config, world, tokenizer)
                 return results
-            assert isinstance(module, LaneStageModule)
             assert isinstance(source, InteractionPieces)
+            if isinstance(module, ContextModule):
+                return evaluate_context(module, source, config, stage, world)
+            assert isinstance(module, LaneStageModule)
             if isinstance(module, SmatModule):
                 return evaluate_memory(module, source, config, world)
             return evaluate_updates(module, source, config, world)

@@ -14,6 +14,7 @@ from rxt_dist.checkpoint import CheckpointReader, TrainerState
 from rxt_dist.checkpoint.fragments import Fragment
 from rxt_dist.config import RunConfig, SpecialTokens, StageConfig
 from rxt_dist.config.mesh import micro_units
+from rxt_dist.config.run import ANSWER_STAGES, stage_window
 from rxt_dist.data.lane_loader import LaneLoader, WindowBatch, WindowStep
 from rxt_dist.data.lanes import LaneState
 from rxt_dist.data.loader import TextLoader, TextStep
@@ -194,12 +195,12 @@ def open_feed(
         key=key,
         lanes=config.batch.lanes,
         micro_lanes=micro,
-        window=config.batch.window,
+        window=stage_window(config, stage),
         dp_rank=world.dp_rank,
         dp_size=world.dp_size,
         pad_id=special.pad,
         stm_size=model.stm_size,
-        look_back=stage.name == "smat",
+        look_back=stage.name in ANSWER_STAGES,
         system_prompts=stage.system_prompts,
         state=_lane_state(config.batch.lanes, state),
         prefetch_steps=prefetch,
@@ -261,15 +262,16 @@ def _corrupt_blocks(value: Any) -> list[BlockId]:
 
 
 def _report_prompts(source: InteractionPieces, stage: StageConfig) -> None:
-    """Say what of the dataset's system prompts stage smat does not read."""
+    """Say what of the dataset's system prompts the stage does not read."""
     prompts = source.dataset.system_tokens
     count, cut = np.count_nonzero(prompts), np.count_nonzero(prompts > source.seq_len)
-    if stage.name == "smat" and count and not stage.system_prompts:
+    if stage.name in ANSWER_STAGES and count and not stage.system_prompts:
         logger.warning(
             "%s: %d train conversations have a system prompt that is not read; set system_prompts: true in "
-            "stage smat to write it into their memory",
+            "stage %s to make it part of what is remembered",
             source.dataset.name,
             count,
+            stage.name,
         )
     elif stage.system_prompts and cut:
         logger.warning(

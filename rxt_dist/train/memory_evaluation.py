@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rxt_dist.config import RunConfig, SpecialTokens
+from rxt_dist.config import RunConfig, SpecialTokens, StageConfig
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch, read_interactions
 from rxt_dist.data.order import Int64Array
 from rxt_dist.data.pieces import InteractionPieces
@@ -27,6 +27,7 @@ from rxt_dist.parallel.bootstrap import World
 from rxt_dist.parallel.collectives import sum_over_ranks
 from rxt_dist.parallel.experts import uneven_passes
 from rxt_dist.randomness import derive_key
+from rxt_dist.stages.context import ContextModule
 from rxt_dist.stages.lane_stage import LaneStageModule
 from rxt_dist.stages.memory_statistics import MemorySums
 from rxt_dist.stages.smat import SmatModule
@@ -82,10 +83,30 @@ def _evaluate_group(
                 stm, gates = module.write(stm, group.prompts(source, world.device))
                 sums.add_gates(gates)
         for row, memory in enumerate((stm, fresh, stm.roll(1, dims=1))):
-            tally.add(number, row, *_score(module, memory, at))
+            tally.add(number, row, *_score(module, module.decode(memory, at).hidden, at))
         stm, gates = module.write(stm, at)
         sums.add_gates(gates)
         sums.add_memory(stm, group.last(number, world.device))
+
+
+def evaluate_context(
+    module: ContextModule, source: InteractionPieces, config: RunConfig, stage: StageConfig, world: World
+) -> dict[str, Any]:
+    """What :func:`evaluate_memory` gives, with encodings in the place of memories: *true*: those of all
+    earlier interactions of the conversation, *fresh*: none, *foreign*: those of another conversation.
+    Collective."""
+    plan = _plan(source, config, world)
+    tally = _Tally(plan.interactions, world.device)
+    with uneven_passes(module):
+        for group in plan.groups:
+            seen = nothing = module.nothing(len(group.conversations))
+            if stage.system_prompts:
+                seen = module.read(seen, group.prompts(source, world.device))
+            for number, at in enumerate(group.interactions(source, world.device)):
+                for row, memory in enumerate((seen, nothing, seen.of_neighbours())):
+                    tally.add(number, row, *_score(module, module.decode(memory, at).hidden, at))
+                seen = module.read(seen, at)
+    return tally.report(foreign=plan.conversations > 1)
 
 
 def evaluate_updates(
@@ -182,14 +203,14 @@ def _plan(source: InteractionPieces, config: RunConfig, world: World) -> _Plan:
 
 
 def _score(
-    module: SmatModule, stm: torch.Tensor, at: LaneInteractions
+    module: SmatModule | ContextModule, hidden: torch.Tensor, at: LaneInteractions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums over the supervised tokens of ``at`` read with ``stm``: loss, correct tokens and tokens, float64
-    [3]; then correct and all marked tokens by distance, float64 [MAX_DISTANCE + 1] each (0: unmarked)."""
-    hidden = module.decode(stm, at).hidden
+    """Sums over the supervised tokens of ``at``, decoded as ``hidden``: loss, correct tokens and tokens,
+    float64 [3]; then correct and all marked tokens by distance, float64 [MAX_DISTANCE + 1] each (0:
+    unmarked)."""
     head = module.decoder.lm_head
-    sums = torch.zeros(3, dtype=torch.float64, device=stm.device)
-    hits, marked = torch.zeros(2, MAX_DISTANCE + 1, dtype=torch.float64, device=stm.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
+    hits, marked = torch.zeros(2, MAX_DISTANCE + 1, dtype=torch.float64, device=hidden.device)
     rows = hidden.index_select(0, at.next_index)
     columns = (rows, at.next_targets, at.target_marks)
     for start in range(0, rows.shape[0], CROSS_ENTROPY_CHUNK):

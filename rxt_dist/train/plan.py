@@ -27,6 +27,7 @@ from rxt_dist.config import (
     stage_optimizer,
 )
 from rxt_dist.config.mesh import step_units
+from rxt_dist.config.run import ANSWER_STAGES, stage_window
 from rxt_dist.model.model import empty_model
 from rxt_dist.model.moe import MoE
 from rxt_dist.parallel.mesh import Mesh
@@ -141,11 +142,15 @@ class _StagePlan:
         return self.config.zero.offload_optimizer == "cpu"
 
     @property
+    def window(self) -> int:
+        return stage_window(self.config, self.stage)
+
+    @property
     def micro_tokens(self) -> int:
         """Most tokens of one micro-batch of a rank, through a whole window where there is one."""
         batch = self.config.batch
         if self.stage.uses_lanes:
-            return self.micro * batch.window * self.config.model.seq_len
+            return self.micro * self.window * self.config.model.seq_len
         return self.micro * batch.pack_tokens
 
     def _held(self, parameters: Iterable[nn.Parameter]) -> int:
@@ -274,13 +279,24 @@ class _StagePlan:
             elements += tokens * part.num_layers * layer
         if self._keeps("decoder"):
             elements += tokens * _decoder_elements(model, shares)
-        if self.stage.uses_lanes:
-            window, part_ = self.config.batch.window, model.memory_attention
-            slots = self.micro * window * model.decoder.num_layers * model.stm_size
+        if self.stage.name == "context_sft":
+            elements += self._read_elements()
+        elif self.stage.uses_lanes:
+            part_ = model.memory_attention
+            slots = self.micro * self.window * model.decoder.num_layers * model.stm_size
             elements += slots * _attention(model, part_.heads, part_.attention, shares)
-        if self.stage.uses_lanes and self.config.runtime.recompute == "interaction":
-            elements //= self.config.batch.window
+        recomputes = self.stage.uses_lanes and self.stage.name != "context_sft"
+        if recomputes and self.config.runtime.recompute == "interaction":
+            elements //= self.window
         return elements
+
+    def _read_elements(self) -> int:
+        """Of the encodings that the positions of a window read: each position all those up to it."""
+        model = self.config.model
+        part = model.decoder
+        rows = self.micro * model.seq_len * self.window * (self.window + 1) // 2
+        keys_values = 2 * part.cross_attention.kv_heads * (model.embed_dim // part.heads)
+        return rows * part.num_layers * (2 * model.embed_dim + 2 * keys_values)
 
     def _keeps(self, component: str) -> bool:
         return _trains(self.stage, component)
@@ -291,7 +307,7 @@ def _trains(stage: StageConfig, component: str) -> bool:
     if component in stage.frozen:
         return False
     if stage.uses_lanes:
-        return stage.name == "smat"
+        return stage.name in ANSWER_STAGES
     return uses(stage.components, component)
 
 

@@ -18,7 +18,8 @@ from rxt_dist.config import (
 from rxt_dist.errors import ConfigError, MeshError
 
 DATA = ["data.text=/data/text", "data.conversations=/data/conversations"]
-TEXT_STAGES, LANE_STAGES = ("joint_lm", "interaction_sft"), ("memory_attention", "smat")
+TEXT_STAGES = ("joint_lm", "interaction_sft")
+LANE_STAGES = ("context_sft", "memory_attention", "smat")
 ALL_STAGES = TEXT_STAGES + LANE_STAGES
 FIELDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "components": ("decoder", TEXT_STAGES),
@@ -34,7 +35,8 @@ FIELDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unused_slots": ("kept", ("memory_attention",)),
     "frozen": ("[encoder]", ("smat",)),
     "unfreeze": ("{encoder: 4}", ("smat",)),
-    "system_prompts": ("true", ("smat",)),
+    "system_prompts": ("true", ("context_sft", "smat")),
+    "window": ("3", LANE_STAGES),
 }
 """Value, and the stages in which the field has an effect."""
 

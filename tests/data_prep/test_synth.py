@@ -193,6 +193,38 @@ def test_overwritten_facts_are_asked_for_with_their_newest_value(tmp_path: Path)
     assert never == default != conversations
 
 
+@pytest.mark.parametrize("kinds", [1, 2, 3])
+def test_the_kinds_of_a_conversation_can_be_fewer_than_those_of_the_corpus(
+    tmp_path: Path, kinds: int
+) -> None:
+    """The kind of a question is known by its first words."""
+    _, conversations = generate(
+        tmp_path / "s", kinds=kinds, conversations=150, stories=0, max_interactions=14
+    )
+    kind_of = {"what": "owner", "who": "owner", "where": "place", "how": "price"}
+    found = []
+    for conversation in conversations:
+        asked = {kind_of[i["query"].split()[0]] for i in conversation if "marks" in i}
+        stated = {"owner": " has the ", "place": " is in the ", "price": " paid "}
+        queries = " ".join(i["query"] for i in conversation if "marks" not in i)
+        told = {kind for kind, words in stated.items() if words in queries}
+        assert asked <= told
+        found.append(len(told))
+    assert max(found) == kinds
+
+
+def test_the_share_of_statements(tmp_path: Path) -> None:
+    """Of the interactions after the first; the others stay in proportion."""
+    shares = {}
+    for share in (0.0, 0.2, 0.6):
+        options = {"conversations": 300, "stories": 0, "min_interactions": 7, "max_interactions": 7}
+        _, conversations = generate(tmp_path / str(share), state_share=share, **options)
+        later = [i["query"] for conversation in conversations for i in conversation[1:]]
+        stated = [q for q in later if q.endswith(" .") and q != "note this is fun ."]
+        shares[share] = len(stated) / len(later)
+    assert shares == pytest.approx({0.0: 0.0, 0.2: 0.2, 0.6: 0.6}, abs=0.03)
+
+
 def test_values_are_balanced(recall: tuple[Path, list[str], list[list[dict[str, Any]]]]) -> None:
     asked = Counter(marked(i)[0] for c in recall[2] for i in c if "marks" in i)
     assert set(asked) == set(VALUES)
@@ -225,6 +257,12 @@ def test_rich_texts_are_varied(tmp_path: Path) -> None:
         (("--overwrite", 1.5), "--overwrite is 1.5; it must be between 0 and 1"),
         (("--overwrite", "nan"), "--overwrite is nan"),
         (("--overwrite", 0.5, "--profile", "rich"), "--overwrite needs --profile recall; found rich"),
+        (("--kinds", 0), "--kinds is 0; it must be between 1 and 3"),
+        (("--kinds", 4), "--kinds is 4; it must be between 1 and 3"),
+        (("--kinds", 1, "--profile", "rich"), "--kinds needs --profile recall; found rich"),
+        (("--state-share", -0.1), "--state-share is -0.1; it must be between 0 and 0.8"),
+        (("--state-share", 0.9), "--state-share is 0.9; it must be between 0 and 0.8"),
+        (("--state-share", "nan"), "--state-share is nan"),
         (("--profile", "poor"), "invalid choice"),
     ],
 )

@@ -89,7 +89,7 @@ def own_options(name: str) -> Iterator[str]:
     """Fields that stage ``name`` takes and some other stage refuses, found by trying."""
     numbers = [field for field, info in StageConfig.model_fields.items() if info.annotation is float]
     values = {"components": "encoder", "frozen": ["encoder"], "unfreeze": {"encoder": 4}}
-    values |= {"unused_slots": "kept", "system_prompts": True, **dict.fromkeys(numbers, 0.5)}
+    values |= {"unused_slots": "kept", "system_prompts": True, "window": 3, **dict.fromkeys(numbers, 0.5)}
     for field, value in values.items():
         try:
             StageConfig.model_validate({"name": name, "steps": 9, field: value})

@@ -130,10 +130,11 @@ def test_expert_parallel_communication_by_hand() -> None:
     assert stage["memory_bytes"]["weights"] == (trained - experts + experts // 2) * 4
 
 
+@pytest.mark.parametrize("name", ["context_sft", "smat"])
 @pytest.mark.parametrize("window", [1, 4])
-def test_the_estimate_of_activations_is_of_the_right_size(window: int) -> None:
+def test_the_estimate_of_activations_is_of_the_right_size(window: int, name: str) -> None:
     """Against the bytes that autograd keeps for the backward pass of full interactions."""
-    config = lane_config("{name: smat, steps: 2}", batch__window=window)
+    config = lane_config(f"{{name: {name}, steps: 2, window: {window}}}", batch__window=7)
     module = lane_module(config)
     long = [
         [type(one).of([9] * 6, [8] * 6) for one in conversation]
