@@ -363,7 +363,8 @@ class RuntimeConfig(Section):
     """Attention kernel; auto: the fastest that the device and the precision allow."""
     compile: bool = False
     """Compile the layers and the loss with torch.compile: faster steps after a start of about a minute, which
-    a later start on the same machine finds in the compiler's cache (TORCHINDUCTOR_CACHE_DIR). Needs bf16."""
+    a later start on the same machine finds in the compiler's cache (TORCHINDUCTOR_CACHE_DIR). Needs bf16,
+    whole tensors and ZeRO 1 or 2."""
     recompute: Literal["none", "interaction"] = "none"
     """What the backward pass of the memory stages computes again to save memory; interaction: everything but
     the STM between the interactions of a window."""
@@ -468,13 +469,21 @@ class RunConfig(Section):
         if backend in ("flash", "varlen") and self.precision != "bf16":
             valid = f"needs precision bf16, precision is {self.precision}; valid: auto, sdpa"
             problems.append(Problem("runtime.attention_backend", f"found {backend}; {valid}"))
-        if self.runtime.compile and self.parallel.tensor_size > 1:
-            valid = "layers with parallel.tensor_size above 1 are not compiled; valid: false"
-            problems.append(Problem("runtime.compile", f"found true; {valid}"))
-        if self.runtime.compile and self.precision != "bf16":
-            valid = f"needs precision bf16, precision is {self.precision}; valid: false"
-            problems.append(Problem("runtime.compile", f"found true; {valid}"))
+        if self.runtime.compile:
+            problems += self._compile_problems()
         return problems
+
+    def _compile_problems(self) -> list[Problem]:
+        needs = {
+            f"precision bf16, precision is {self.precision}": self.precision == "bf16",
+            f"parallel.tensor_size 1, found {self.parallel.tensor_size}": self.parallel.tensor_size == 1,
+            f"zero.stage 1 or 2, found {self.zero.stage}": self.zero.stage < 3,
+        }
+        return [
+            Problem("runtime.compile", f"found true; needs {need}; valid: false")
+            for need, met in needs.items()
+            if not met
+        ]
 
 
 def stage_window(config: RunConfig, stage: StageConfig) -> int:

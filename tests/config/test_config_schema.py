@@ -207,6 +207,7 @@ GQA_OF_TWO = "must be at most heads (4), and divide or be divided by kv_heads (2
             "varlen",
             "found varlen; needs precision bf16, precision is fp32; valid: auto, sdpa",
         ),
+        ("runtime.compile", True, "found true; needs precision bf16, precision is fp32; valid: false"),
     ],
 )
 def test_fields_that_contradict_each_other(
@@ -214,6 +215,21 @@ def test_fields_that_contradict_each_other(
 ) -> None:
     set_value(tiny, field, value)
     assert problems_of(tiny) == [f"{field}: {expected}"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "need"),
+    [
+        ("parallel.tensor_size", 2, "parallel.tensor_size 1, found 2"),
+        ("zero.stage", 3, "zero.stage 1 or 2, found 3"),
+    ],
+)
+def test_what_is_not_compiled(tiny: dict[str, Any], field: str, value: Any, need: str) -> None:
+    set_value(tiny, "precision", "bf16")
+    set_value(tiny, "runtime.compile", True)
+    RunConfig.model_validate(tiny)
+    set_value(tiny, field, value)
+    assert problems_of(tiny) == [f"runtime.compile: found true; needs {need}; valid: false"]
 
 
 @pytest.mark.parametrize(
