@@ -20,9 +20,9 @@ from rxt_dist.kernels.grouped_gemm import grouped_linear
 from rxt_dist.kernels.norm import rms_norm
 from rxt_dist.kernels.permute import permute_rows, repeat_permuted
 from rxt_dist.model.feedforward import activate
+from rxt_dist.model.heads import CROSS_ENTROPY_CHUNK
 from rxt_dist.model.moe import ExpertOrder, Router
 from rxt_dist.model.rope import Rotation
-from rxt_dist.stages.base import CROSS_ENTROPY_CHUNK
 
 Tensors = list[torch.Tensor]
 
