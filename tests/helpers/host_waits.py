@@ -9,13 +9,12 @@ from __future__ import annotations
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
@@ -69,17 +68,27 @@ class _WatchOperations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _WatchCopies(TorchFunctionMode):
-    def __init__(self, found: list[str]) -> None:
-        super().__init__()
-        self._found = found
+@contextmanager
+def _watch_copies(found: list[str]) -> Iterator[None]:
+    """Methods are replaced: a mode for functions is not active where a backward pass computes again."""
+    thread = threading.current_thread()  # the loader's may read what it likes
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in _TO_HOST:
-            self._found.append(_place())
-        return func(*args, **(kwargs or {}))
+    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+        def copy(*arguments: Any, **options: Any) -> Any:
+            if threading.current_thread() is thread:
+                found.append(_place())
+            return method(*arguments, **options)
+
+        return copy
+
+    originals = {name: getattr(torch.Tensor, name) for name in _TO_HOST}
+    for name, method in originals.items():
+        setattr(torch.Tensor, name, watched(method))
+    try:
+        yield
+    finally:
+        for name, method in originals.items():
+            setattr(torch.Tensor, name, method)
 
 
 @contextmanager
@@ -87,7 +96,7 @@ def host_waits(device: torch.device) -> Iterator[list[str]]:
     """Inside, places of this thread where the host waits for ``device`` are added to the list."""
     found: list[str] = []
     if device.type != "cuda":
-        with _WatchOperations(found), _WatchCopies(found):
+        with _WatchOperations(found), _watch_copies(found):
             yield found
         return
     watched = threading.current_thread()  # the loader's thread may wait as it likes
@@ -105,3 +114,10 @@ def host_waits(device: torch.device) -> Iterator[list[str]]:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def waits_of(action: Callable[[], Any]) -> list[str]:
+    """Places where the host would wait for a device in ``action``, which runs on the CPU."""
+    with host_waits(torch.device("cpu")) as found:
+        action()
+    return found
