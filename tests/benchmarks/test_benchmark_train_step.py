@@ -60,6 +60,7 @@ def test_every_stage_is_measured_and_nothing_is_left_behind(tmp_path: Path) -> N
     assert list((tmp_path / "data").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_step_without_deepspeed_is_the_same_step(tmp_path: Path) -> None:
     """Clipped, with decay, accumulated over two micro-batches, and with a component that joins later."""
     settings = (

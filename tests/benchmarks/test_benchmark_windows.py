@@ -42,17 +42,17 @@ def test_memory_grows_with_the_window_and_recomputation_keeps_it_down(tmp_path: 
 def keep(folder: Path) -> None:
     """On every rank: the bytes that a window's graph keeps, without and with spread experts."""
     sys.path.insert(0, str(REPOSITORY))
-    from benchmarks.train_step import read_config, write_datasets
     from benchmarks.windows import kept_bytes, parse_arguments
+    from benchmarks.workload import read_config, write_datasets
 
     join_deepspeed()
     rank, kept = torch.distributed.get_rank(), []
     for size in (1, 2):
-        arguments = parse_arguments(["--set", "batch.lanes=8", "--set", f"parallel.expert_size={size}"])
-        arguments.lengths, arguments.stage = (16, 16), None
-        config, stages = read_config(arguments)
+        arguments = parse_arguments(["--lengths", "16", "16"])
+        settings = ["batch.lanes=8", f"parallel.expert_size={size}"]
+        config, stages = read_config("tiny", settings, None)
         source = folder / f"{rank}-{size}"
-        write_datasets(source, config, stages, arguments)
+        write_datasets(source, config, stages, 4, arguments)
         data = DataConfig(text=source / "text", conversations=source / "conversations")
         world = World(rank, rank, 2, torch.device("cpu"))
         kept.append(kept_bytes(config.model_copy(update={"data": data}), stages[-1], world))

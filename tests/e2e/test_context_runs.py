@@ -33,7 +33,10 @@ def assert_same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Non
                 assert relative(own[name], value) <= 1e-5, (own["step"], name)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(name, marks=[pytest.mark.slow] if number else []) for number, name in enumerate(MESHES)],
+)
 def test_a_mesh_makes_the_same_run(datasets: Datasets, alone: Path, tmp_path: Path, mesh: str) -> None:
     ranks, own = MESHES[mesh]
     run_ranks(ranks, arguments(datasets, "run", CONTEXT | own), tmp_path).check()

@@ -124,6 +124,7 @@ def test_mistakes_end_the_run_with_one_line(
     assert "Traceback" not in result.output
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_damaged_on_the_server_ends_the_run_on_all_ranks(
     datasets: Datasets, site: Path, tmp_path: Path
 ) -> None:
