@@ -79,6 +79,7 @@ def variants(config: RunConfig, windows: Sequence[int]) -> list[RunConfig]:
         config.model_copy(
             update={
                 "batch": config.batch.model_copy(update={"window": window}),
+                "stages": [stage.model_copy(update={"window": None}) for stage in config.stages],
                 "runtime": config.runtime.model_copy(update={"recompute": recompute}),
             }
         )

@@ -121,7 +121,10 @@ def _logit_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of the logits [C, V] in the dtype of ``rows``, and fp32 [V] its sum over rows."""
     gradient = F.linear(rows, weight, bias).float().sub_(normaliser[:, None]).exp_()
-    # Not a scatter: this fuses with what surrounds it.
-    columns = torch.arange(gradient.shape[1], device=gradient.device)
-    gradient = gradient.sub_((columns == target[:, None]).float()).mul_(grad)
+    if torch.compiler.is_compiling():  # fuses with what surrounds it, as a scatter would not
+        columns = torch.arange(gradient.shape[1], device=gradient.device)
+        gradient = gradient - (columns == target[:, None]).float()
+    else:
+        gradient.scatter_add_(1, target[:, None], gradient.new_full((target.shape[0], 1), -1.0))
+    gradient = gradient.mul_(grad)
     return gradient.to(rows.dtype), gradient.sum(dim=0)

@@ -115,9 +115,10 @@ def _group_sums(
     if grad.shape[0] == 0:
         return torch.zeros_like(bias)
     if grad.dtype.itemsize < 4 and _fits_grouped_mm(grad.dtype, grad.shape[1]):
-        # A product with ones, accumulated in fp32; as many of them as the alignment asks for.
+        # A product with ones, accumulated in fp32; as many of them as the alignment asks for. They stand on the
+        # right: transposed, the compiler would lay them out anew, in rows of any length.
         ones = grad.new_ones(grad.shape[0], _ALIGNMENT // grad.element_size())
-        return F.grouped_mm(ones.T, grad, offs=offsets)[:, 0]
+        return F.grouped_mm(grad.T, ones, offs=offsets)[:, :, 0]
     sums: torch.Tensor = torch.ops.aten.embedding_dense_backward(
         grad.to(torch.promote_types(grad.dtype, torch.float32)), group_of_row, bias.shape[0], -1, False
     )

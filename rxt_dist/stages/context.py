@@ -64,11 +64,9 @@ class Encodings:
         """
         owners, order = torch.cat(self.owners).sort(stable=True)
         cu_k = torch.searchsorted(owners, torch.arange(self.lanes + 1, device=owners.device))
-        read = order[: int(cu_k[-1])]
-        groups = AttentionLayout(
-            layout.cu_seqlens, cu_k.to(torch.int32), layout.max_seqlen, self.longest, read
-        )
-        return Memory(torch.cat(self.layers, dim=1), groups)
+        rows = torch.cat(self.layers, dim=1).index_select(1, order[: int(cu_k[-1])])
+        groups = AttentionLayout(layout.cu_seqlens, cu_k.to(torch.int32), layout.max_seqlen, self.longest)
+        return Memory(rows, groups)
 
 
 class ContextModule(StageModule):

@@ -53,6 +53,8 @@ def batch_flops(
         _count_text(counter, stage, batch)
     elif stage.name == "smat":
         _count_smat(counter, batch, trains)
+    elif stage.name == "context_sft":
+        _count_context(counter, batch)
     else:
         _count_memory_attention(counter, stage, batch)
     return Flops(counter.forward, counter.backward)
@@ -105,6 +107,17 @@ def _count_smat(counter: _Counter, batch: WindowBatch, trains: Callable[[str], b
         rows = _MemoryRows(len(lengths) * slots, pairs, wants_gradient=stm, trained=trains("decoder"))
         hidden = counter.decoder(lengths, rows, trained=trains("decoder"))
         counter.head(at.next_index.numel(), hidden, trained=trains("decoder"))
+
+
+def _count_context(counter: _Counter, batch: WindowBatch) -> None:
+    seen = np.zeros(len(batch.lanes), dtype=np.int64)  # rows that each lane has to read
+    for before, at in zip(batch.look_backs, batch.positions, strict=True):
+        written = _lengths(before.layout)
+        counter.encoder(int(written.sum()), int((written**2).sum()), trained=True)
+        seen = np.where(at.reset.numpy(), 0, seen) + np.where(before.present.numpy(), written, 0)
+        lengths = _lengths(at.layout)
+        rows = _MemoryRows(int(seen.sum()), int((lengths * seen).sum()), wants_gradient=True, trained=True)
+        counter.head(at.next_index.numel(), counter.decoder(lengths, rows, trained=True), trained=True)
 
 
 def _count_memory_attention(counter: _Counter, stage: StageConfig, batch: WindowBatch) -> None:

@@ -12,6 +12,7 @@ from stage_samples import batch_of, run_config, sample_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from rxt_dist.config import RunConfig
+from rxt_dist.config.run import ANSWER_STAGES
 from rxt_dist.kernels import attention as attention_kernel
 from rxt_dist.kernels import grouped_gemm
 from rxt_dist.kernels.attention import AttentionLayout
@@ -71,6 +72,7 @@ LANES: dict[str, dict[str, Any]] = {
     "smat_memory_only": {"stage": "{name: smat, steps: 4, frozen: [decoder, encoder]}"},
     "smat_later_decoder": {"stage": "{name: smat, steps: 4, unfreeze: {decoder: 2}}"},
     "smat_causal": {"model__decoder__causal_cross": True},
+    "context": {"stage": "{name: context_sft, steps: 4}"},
 }
 
 
@@ -147,12 +149,12 @@ def test_lane_stages(settings: dict[str, Any], window: int, monkeypatch: pytest.
     model = lane_model(config)
     module = lane_module(config, model)
     source = MemoryPieces(random_conversations([2, 3, 1, 4, 2, 5]))
-    with windows(source, window=window, look_back=stage.name == "smat") as steps:
+    with windows(source, window=window, look_back=stage.name in ANSWER_STAGES) as steps:
         step = next(steps)
     batch = step.batches[0]
     stm = torch.zeros(config.model.decoder.num_layers, 4, config.model.stm_size, config.model.embed_dim)
     counted = batch_flops(config, stage, batch, module.trains)
     forward, backward = measured(module, batch, step.counts, stm)
     assert counted.forward == forward
-    rows = sum(at.next_index.numel() for at in batch.positions) if stage.name == "smat" else 0
+    rows = sum(at.next_index.numel() for at in batch.positions) if stage.name in ANSWER_STAGES else 0
     assert counted.backward + recomputed(config, rows) == backward
