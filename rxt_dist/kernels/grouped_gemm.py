@@ -115,8 +115,8 @@ def _group_sums(
     if grad.shape[0] == 0:
         return torch.zeros_like(bias)
     if grad.dtype.itemsize < 4 and _fits_grouped_mm(grad.dtype, grad.shape[1]):
-        # A product with ones, accumulated in fp32; as many of them as the alignment asks for. They stand on the
-        # right: transposed, the compiler would lay them out anew, in rows of any length.
+        # A product with ones, accumulated in fp32; as many of them as the alignment asks for. They stand on
+        # the right: transposed, the compiler would lay them out anew, in rows of any length.
         ones = grad.new_ones(grad.shape[0], _ALIGNMENT // grad.element_size())
         return F.grouped_mm(grad.T, ones, offs=offsets)[:, :, 0]
     sums: torch.Tensor = torch.ops.aten.embedding_dense_backward(
