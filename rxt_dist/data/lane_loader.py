@@ -6,8 +6,9 @@ position, t supervised tokens of one position.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,20 @@ class LaneInteractions(TensorRecord):
     """int64 [b] number of the conversation in the endless stream; keys the fresh STM."""
     numbers: torch.Tensor
     """int64 [b] number of the interaction in its conversation, from 0; -1 for a system prompt."""
+
+
+_JOINED = ("tokens", "token_keys", "next_targets", "target_marks", "present", "reset", "visits", "numbers")
+
+
+def side_by_side(interactions: Sequence[LaneInteractions]) -> LaneInteractions:
+    """Those of P positions as if P x b lanes had one each: sequence ``p * b + i`` is lane i at position p."""
+    if len(interactions) == 1:
+        return interactions[0]
+    first_rows = accumulate((at.tokens.shape[0] for at in interactions[:-1]), initial=0)
+    index = [at.next_index + row for at, row in zip(interactions, first_rows, strict=True)]
+    joined = {name: torch.cat([getattr(at, name) for at in interactions]) for name in _JOINED}
+    layout = SequenceLayout.side_by_side([at.layout for at in interactions])
+    return LaneInteractions(layout=layout, next_index=torch.cat(index), **joined)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ class AttentionLayout:
         max_q: rows of the longest query group.
         max_k: rows of the longest key group (0 where no group has a key).
         key_index: int64 [cu_k[B]], rows of the key and value tensors that exist, in ``cu_k`` order;
-            None where all of them do.
+            None where all of them do. It may name a row more than once.
+        slack: ``key_index`` goes on after ``cu_k[B]`` with rows that nobody reads, since only the device
+            knows where it ends. Backend "sdpa" waits to learn it.
     """
 
     cu_q: torch.Tensor
@@ -44,6 +46,7 @@ class AttentionLayout:
     max_q: int
     max_k: int
     key_index: torch.Tensor | None = None
+    slack: bool = False
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionLayout:
         """A copy on ``device``; the identity of ``cu_q`` and ``cu_k`` is kept."""
@@ -51,7 +54,7 @@ class AttentionLayout:
         same = self.cu_k is self.cu_q
         cu_k = cu_q if same else self.cu_k.to(device, non_blocking=non_blocking)
         index = None if self.key_index is None else self.key_index.to(device, non_blocking=non_blocking)
-        return AttentionLayout(cu_q, cu_k, self.max_q, self.max_k, index)
+        return AttentionLayout(cu_q, cu_k, self.max_q, self.max_k, index, self.slack)
 
     def padded(self, rows_q: int, rows_k: int) -> _PaddedView:
         """Index tensors of the padded view, built on first use and shared by all layers."""
@@ -236,6 +239,9 @@ def _grid(x: torch.Tensor, place: torch.Tensor | None, groups: int, width: int) 
 def _sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: AttentionLayout, causal: bool, scale: float
 ) -> torch.Tensor:
+    if layout.slack:
+        read = int(layout.cu_k[-1])
+        k, v = k[:read], v[:read]
     view = layout.padded(q.shape[0], k.shape[0])
     if k.shape[1] < q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)

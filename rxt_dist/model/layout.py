@@ -51,6 +51,23 @@ class SequenceLayout:
             sequence_ids=torch.from_numpy(ids).to(device),
         )
 
+    @classmethod
+    def side_by_side(cls, layouts: Sequence[SequenceLayout]) -> SequenceLayout:
+        """The layout of all sequences of ``layouts``, in order, each of which attends to all of itself."""
+        if len(layouts) == 1:
+            return layouts[0]
+        cu_seqlens, ids, tokens, sequences = [layouts[0].cu_seqlens[:1]], [], 0, 0
+        for one in layouts:
+            cu_seqlens.append(one.cu_seqlens[1:] + tokens)
+            ids.append(one.sequence_ids + sequences)
+            tokens, sequences = tokens + one.num_tokens, sequences + one.num_sequences
+        return cls(
+            cu_seqlens=torch.cat(cu_seqlens),
+            max_seqlen=max(one.max_seqlen for one in layouts),
+            positions=torch.cat([one.positions for one in layouts]),
+            sequence_ids=torch.cat(ids),
+        )
+
     @property
     def num_sequences(self) -> int:
         return self.cu_seqlens.shape[0] - 1

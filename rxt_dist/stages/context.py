@@ -1,23 +1,24 @@
 """Answers that read the encodings of earlier interactions: what the STM shall hold, before there is one.
 
-At every position of a window the interaction before it is encoded, then the decoder answers the one at that
-position while its memory cross-attention reads the encodings of all interactions of the conversation that
-the window has passed. Encoder and decoder learn here to put what belongs together into one row and to find
-it again. Through an STM neither is learned: see docs/memory.md.
+At every position of a window the decoder answers an interaction while its memory cross-attention reads the
+encodings of all interactions of the conversation that the window has passed. Encoder and decoder learn here
+to put what belongs together into one row and to find it again. Through an STM neither is learned: see
+docs/memory.md.
 
-Shape legend: L memory layers, b lanes of a micro-batch, N tokens of one interaction of every lane, M of all
-that were read, D embedding width.
+Shape legend: L memory layers, b lanes of a micro-batch, W positions of a window, B readers, N tokens of one
+interaction of every reader, M rows that were encoded, C pairs of a reader and a row, D embedding width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from rxt_dist.config import RunConfig, StageConfig
-from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
+from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch, side_by_side
 from rxt_dist.kernels.attention import AttentionLayout
 from rxt_dist.model import DecoderOutput, Memory, RxTModel, SequenceLayout
 from rxt_dist.stages.base import StageModule, Term, router_weights
@@ -26,47 +27,72 @@ from rxt_dist.stages.lane_stage import window_counts
 
 @dataclass(frozen=True, eq=False)
 class Encodings:
-    """Encoder layers of the interactions that b lanes have read.
+    """Encoded interactions, and which of B readers reads which of their rows.
 
     Attributes:
-        lanes: b.
-        layers: [L, N, D] of each interaction that was read; owners: int64 [N] the lane of every row, b for
-            one that no lane reads (again). longest: upper bound of the rows of a lane.
+        layers: [L, M, D]; rows: int64 [C] the rows that readers have, those of older interactions first.
+            readers: int64 [C] whose each of them is, B for one that nobody reads (again).
+        longest: upper bound of the rows of a reader.
     """
 
-    lanes: int
-    layers: tuple[torch.Tensor, ...]
-    owners: tuple[torch.Tensor, ...]
+    layers: torch.Tensor
+    rows: torch.Tensor
+    readers: torch.Tensor
     longest: int
 
     def without(self, forgotten: torch.Tensor) -> Encodings:
-        """Lanes of which ``forgotten`` bool [b] is set have nothing left."""
-        lane_or_none = torch.arange(self.lanes + 1, device=forgotten.device)
-        lane_or_none[:-1].masked_fill_(forgotten, self.lanes)
-        return replace(self, owners=tuple(lane_or_none[owner] for owner in self.owners))
+        """Readers of which ``forgotten`` bool [B] is set have nothing left."""
+        reader_or_none = torch.arange(len(forgotten) + 1, device=forgotten.device)
+        reader_or_none[:-1].masked_fill_(forgotten, len(forgotten))
+        return replace(self, readers=reader_or_none[self.readers])
 
     def extended(self, layers: torch.Tensor, at: LaneInteractions) -> Encodings:
-        """With ``layers`` [L, N, D] of the interaction ``at`` of every lane, in those that have one."""
+        """With ``layers`` [L, N, D] of the interaction ``at`` of every reader, for those that have one."""
         ids = at.layout.sequence_ids
-        owner = ids.masked_fill(~at.present[ids], self.lanes)
-        longest = self.longest + at.layout.max_seqlen
-        return Encodings(self.lanes, (*self.layers, layers), (*self.owners, owner), longest)
+        new = torch.arange(ids.shape[0], device=ids.device) + self.layers.shape[1]
+        readers = ids.masked_fill(~at.present[ids], at.layout.num_sequences)
+        return Encodings(
+            torch.cat((self.layers, layers), dim=1),
+            torch.cat((self.rows, new)),
+            torch.cat((self.readers, readers)),
+            self.longest + at.layout.max_seqlen,
+        )
 
-    def of_neighbours(self) -> Encodings:
-        """Every lane has what the lane before it had."""
-        shifted = (torch.where(own < self.lanes, (own + 1) % self.lanes, own) for own in self.owners)
-        return replace(self, owners=tuple(shifted))
+    def of_neighbours(self, readers: int) -> Encodings:
+        """Each of B ``readers`` has what the one before it had."""
+        shifted = torch.where(self.readers < readers, (self.readers + 1) % readers, self.readers)
+        return replace(self, readers=shifted)
 
     def memory(self, layout: SequenceLayout) -> Memory:
-        """What sequence b of ``layout`` reads: the rows of lane b, oldest first; attention to none gives 0.
+        """What the sequences of ``layout`` read, one for each reader; attention to nothing gives 0."""
+        readers, order = self.readers.sort(stable=True)
+        bounds = torch.arange(layout.num_sequences + 1, device=readers.device)
+        cu_k = torch.searchsorted(readers, bounds).to(torch.int32)
+        rows = self.rows[order]
+        groups = AttentionLayout(layout.cu_seqlens, cu_k, layout.max_seqlen, self.longest, rows, slack=True)
+        return Memory(self.layers, groups)
 
-        Waits for the device: how many rows are read depends on where conversations begin.
-        """
-        owners, order = torch.cat(self.owners).sort(stable=True)
-        cu_k = torch.searchsorted(owners, torch.arange(self.lanes + 1, device=owners.device))
-        rows = torch.cat(self.layers, dim=1).index_select(1, order[: int(cu_k[-1])])
-        groups = AttentionLayout(layout.cu_seqlens, cu_k.to(torch.int32), layout.max_seqlen, self.longest)
-        return Memory(rows, groups)
+
+def window_encodings(layers: torch.Tensor, batch: WindowBatch) -> Encodings:
+    """What the positions of a window read, reader ``w * b + i`` being lane i at position w.
+
+    ``layers`` [L, M, D] are those of ``batch.look_backs``, side by side.
+    """
+    looked, resets = side_by_side(batch.look_backs), torch.stack([at.reset for at in batch.positions])
+    window, lanes = resets.shape
+    place = torch.arange(window, device=layers.device).unsqueeze(1)
+    begun = torch.where(resets, place, 0).cummax(dim=0).values  # [W, b]
+    lane, at = looked.layout.sequence_ids % lanes, looked.layout.sequence_ids // lanes  # [M]
+    read = (at <= place) & (at >= begun[:, lane]) & looked.present[looked.layout.sequence_ids]
+    readers = torch.where(read, place * lanes + lane, window * lanes)  # [W, M]
+    rows = torch.arange(lane.shape[0], device=layers.device)
+    ends = list(accumulate(before.tokens.shape[0] for before in batch.look_backs))
+    return Encodings(
+        layers,
+        torch.cat([rows[:end] for end in ends]),
+        torch.cat([readers[w, :end] for w, end in enumerate(ends)]),
+        sum(before.layout.max_seqlen for before in batch.look_backs),
+    )
 
 
 class ContextModule(StageModule):
@@ -79,12 +105,12 @@ class ContextModule(StageModule):
         self._width = config.model.embed_dim
         self.weights = {"answer_loss": 1.0, "answer_accuracy": 0.0, **router_weights(config, 1.0)}
 
-    def nothing(self, lanes: int) -> Encodings:
-        """What ``lanes`` lanes have before they have read."""
+    def nothing(self) -> Encodings:
+        """What readers have before they have read."""
         device = next(self.decoder.parameters()).device
         none = torch.zeros(len(self.decoder.layers), 0, self._width, dtype=self.weight_dtype, device=device)
-        owners = torch.zeros(0, dtype=torch.int64, device=device)
-        return Encodings(lanes, (none,), (owners,), 0)
+        nobody = torch.zeros(0, dtype=torch.int64, device=device)
+        return Encodings(none, nobody, nobody, 0)
 
     def read(self, seen: Encodings, at: LaneInteractions) -> Encodings:
         """``seen`` and the encoding of interaction ``at``."""
@@ -98,21 +124,20 @@ class ContextModule(StageModule):
     def run(
         self, batch: WindowBatch, stm: torch.Tensor | None
     ) -> tuple[dict[str, Term], torch.Tensor | None]:
-        """Sums over a window, which starts from nothing read. ``stm`` is returned as it came."""
-        seen = self.nothing(batch.lanes.shape[0])
-        found = []
-        for before, at in zip(batch.look_backs, batch.positions, strict=True):
-            seen = self.read(seen.without(at.reset), before)
-            output = self.decode(seen, at)
-            rows = output.hidden.index_select(0, at.next_index)
-            loss, correct = self.decoder.lm_head(rows, at.next_targets)
-            found.append((loss, correct, output.aux_sum, output.z_sum))
-        loss, correct, balance, z = (torch.stack(column).sum() for column in zip(*found, strict=True))
+        """Sums over a window, which starts from nothing read. ``stm`` is returned as it came.
+
+        No position needs the result of another one, so that all are computed together.
+        """
+        looked, asked = side_by_side(batch.look_backs), side_by_side(batch.positions)
+        seen = window_encodings(self.encoder(looked.tokens, looked.layout), batch)
+        output = self.decode(seen, asked)
+        rows = output.hidden.index_select(0, asked.next_index)
+        loss, correct = self.decoder.lm_head(rows, asked.next_targets)
         terms = {"answer_loss": Term(loss, "answer"), "answer_accuracy": Term(correct, "answer")}
         if "aux_loss" in self.weights:
-            terms["aux_loss"] = Term(balance, "tokens")
+            terms["aux_loss"] = Term(output.aux_sum, "tokens")
         if "z_loss" in self.weights:
-            terms["z_loss"] = Term(z, "tokens")
+            terms["z_loss"] = Term(output.z_sum, "tokens")
         return terms, stm
 
     def local_counts(self, batch: Any) -> dict[str, int]:

@@ -111,13 +111,19 @@ def _count_smat(counter: _Counter, batch: WindowBatch, trains: Callable[[str], b
 
 def _count_context(counter: _Counter, batch: WindowBatch) -> None:
     seen = np.zeros(len(batch.lanes), dtype=np.int64)  # rows that each lane has to read
+    pairs = 0
     for before, at in zip(batch.look_backs, batch.positions, strict=True):
-        written = _lengths(before.layout)
-        counter.encoder(int(written.sum()), int((written**2).sum()), trained=True)
-        seen = np.where(at.reset.numpy(), 0, seen) + np.where(before.present.numpy(), written, 0)
-        lengths = _lengths(at.layout)
-        rows = _MemoryRows(int(seen.sum()), int((lengths * seen).sum()), wants_gradient=True, trained=True)
-        counter.head(at.next_index.numel(), counter.decoder(lengths, rows, trained=True), trained=True)
+        read = np.where(before.present.numpy(), _lengths(before.layout), 0)
+        seen = np.where(at.reset.numpy(), 0, seen) + read
+        pairs += int((_lengths(at.layout) * seen).sum())
+    written, lengths = (
+        np.concatenate([_lengths(at.layout) for at in interactions])
+        for interactions in (batch.look_backs, batch.positions)
+    )
+    counter.encoder(int(written.sum()), int((written**2).sum()), trained=True)
+    rows = _MemoryRows(int(written.sum()), pairs, wants_gradient=True, trained=True)
+    hidden = counter.decoder(lengths, rows, trained=True)
+    counter.head(sum(at.next_index.numel() for at in batch.positions), hidden, trained=True)
 
 
 def _count_memory_attention(counter: _Counter, stage: StageConfig, batch: WindowBatch) -> None:

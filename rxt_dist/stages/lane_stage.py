@@ -46,7 +46,8 @@ class FreshMemory:
 
 
 Sums = tuple[torch.Tensor, ...]
-"""Scalars that one interaction of every lane adds to the terms of a stage."""
+"""Scalars that positions of a window add to the terms of a stage."""
+Positions = tuple[LaneInteractions, ...]
 
 
 class LaneStageModule(StageModule):
@@ -64,45 +65,53 @@ class LaneStageModule(StageModule):
 
     @abstractmethod
     def advance(
-        self, stm: torch.Tensor, before: LaneInteractions | None, at: LaneInteractions
+        self, stm: torch.Tensor, look_backs: Positions, positions: Positions
     ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
-        """One position of a window, from the STM [L, b, S, D] that the lanes hold.
+        """Consecutive ``positions`` of a window, from the STM [L, b, S, D] that the lanes hold.
 
-        ``before`` is what the stage writes before it looks at ``at``, if it reads that. Returns the STM
-        that the lanes hold then, the gate sums (fp64 [3]) of the write, and the position's sums.
+        ``look_backs`` are what the stage writes before it looks at each, or empty if it does not read
+        that. Returns the STM that the lanes hold then, the gate sums (fp64 [3]) of the writes, and the sums
+        of these positions.
         """
 
     def through_window(self, batch: WindowBatch, stm: torch.Tensor) -> tuple[torch.Tensor, list[Sums]]:
-        """The STM that is carried out of a window, without gradient, and the sums of every position.
+        """The STM that is carried out of a window, without gradient, and the sums of its positions.
 
-        With ``runtime.recompute: interaction`` only the STM is kept between positions; the rest is
-        computed again in the backward pass. That of the last position would be needed at once.
+        What does not depend on the STM is computed for all positions at once. With ``runtime.recompute:
+        interaction`` they are computed one by one: only the STM is kept between them, the rest is computed
+        again in the backward pass. That of the last position would be needed at once.
         """
-        found = []
+        if not (self._recomputes and torch.is_grad_enabled()):
+            stm, gates, sums = self.advance(stm, batch.look_backs, batch.positions)
+            return self._carried(batch, stm, [gates]), [sums]
+        found, gate_values = [], []
         last = len(batch.positions) - 1
-        for number, at in enumerate(batch.positions):
-            before = batch.look_backs[number] if batch.look_backs else None
-            if self._recomputes and number < last and torch.is_grad_enabled():
+        for number in range(last + 1):
+            arguments = (stm, batch.look_backs[number : number + 1], batch.positions[number : number + 1])
+            if number < last:
                 # Nothing random has a state: every draw is a function of its keys.
                 stm, gates, sums = checkpoint(
                     self.advance,
-                    stm,
-                    before,
-                    at,
+                    *arguments,
                     use_reentrant=False,
                     preserve_rng_state=False,
                     context_fn=lambda: (nullcontext(), not_counted(self)),
                 )
             else:
-                stm, gates, sums = self.advance(stm, before, at)
-            if self.memory_sums is not None:
-                self.memory_sums.add_gates(gates)
+                stm, gates, sums = self.advance(*arguments)
             found.append(sums)
+            gate_values.append(gates)
+        return self._carried(batch, stm, gate_values), found
+
+    def _carried(self, batch: WindowBatch, stm: torch.Tensor, gates: Sequence[torch.Tensor]) -> torch.Tensor:
+        """``stm`` without gradient; it and ``gates`` are taken into the statistics."""
         carried = stm.detach()
         if self.memory_sums is not None:
+            for values in gates:
+                self.memory_sums.add_gates(values)
             written = batch.look_backs[-1] if batch.look_backs else batch.positions[-1]
             self.memory_sums.add_memory(carried, written.present)
-        return carried, found
+        return carried
 
     def write_encoded(
         self, stm: torch.Tensor, encoded: torch.Tensor, at: LaneInteractions
@@ -147,5 +156,5 @@ def window_counts(batch: WindowBatch) -> dict[str, int]:
 
 
 def add_sums(found: Sequence[Sums], column: int) -> torch.Tensor:
-    """Sum of one of the scalars of a window's positions."""
+    """Sum of one of the scalars over the positions of a window."""
     return torch.stack([sums[column] for sums in found]).sum()

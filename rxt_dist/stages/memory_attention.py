@@ -16,7 +16,7 @@ from rxt_dist.kernels.attention import AttentionLayout
 from rxt_dist.model import RxTModel, SequenceLayout
 from rxt_dist.randomness import derive_key, fold_in_tensor, normal_tensor, signed_key, uniform_tensor
 from rxt_dist.stages.base import NEVER, Term, layer_keys
-from rxt_dist.stages.lane_stage import LaneStageModule, Sums, add_sums
+from rxt_dist.stages.lane_stage import LaneStageModule, Positions, Sums, add_sums
 
 # Published weights of the new data: 0.9 for a conversation's first interaction, then 0.5 falling by 0.05.
 _FIRST_WEIGHT, _BASE_WEIGHT, _WEIGHT_STEP = 0.9, 0.5, 0.05
@@ -46,11 +46,19 @@ class MemoryAttentionModule(LaneStageModule):
         return {**super().local_counts(batch), "slots": sum(int(slots.sum()) for slots in used)}
 
     def advance(
-        self, stm: torch.Tensor, before: LaneInteractions | None, at: LaneInteractions
+        self, stm: torch.Tensor, look_backs: Positions, positions: Positions
     ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
-        """Write ``at``: sums of the distance to the label, over slots, and of the difference term."""
-        assert before is None
-        stm = self.with_resets(stm, at)
+        """Write ``positions``: sums of the distance to the label, over slots, and of the difference term."""
+        assert not look_backs
+        gates, found = [], []
+        for at in positions:
+            stm, values, sums = self._write(self.with_resets(stm, at), at)
+            gates.append(values)
+            found.append(sums)
+        return stm, torch.stack(gates).sum(0), (add_sums(found, 0), add_sums(found, 1))
+
+    def _write(self, stm: torch.Tensor, at: LaneInteractions) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+        """The STM after ``at``, the gate sums, and the sums of :meth:`advance`."""
         with torch.no_grad():
             layers, padded = self._encode(at)
         noisy = self._noisy(layers, "noise", self.stage.noise_level, at.token_keys)

@@ -1,7 +1,7 @@
 """Supervised memory-aware training: answer while reading a memory that the model itself wrote.
 
-At every position of a window the interaction before it is encoded and written into the lane's STM, then
-the decoder answers the interaction at that position while reading the STM. A lane carries the detached STM
+At every position of a window the interaction before it is encoded and written into the lane's STM, and the
+decoder answers the interaction at that position while reading the STM. A lane carries the detached STM
 from *before* its last write, so that the write is repeated inside the next window's graph: carrying its
 result would leave encoder and memory attention without a gradient when a window has one interaction.
 
@@ -14,10 +14,10 @@ import torch
 
 from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.config.run import COMPONENTS
-from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
+from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch, side_by_side
 from rxt_dist.model import DecoderOutput, Memory, RxTModel
 from rxt_dist.stages.base import NEVER, Term, router_weights
-from rxt_dist.stages.lane_stage import LaneStageModule, Sums, add_sums
+from rxt_dist.stages.lane_stage import LaneStageModule, Positions, Sums, add_sums
 
 
 class SmatModule(LaneStageModule):
@@ -31,12 +31,18 @@ class SmatModule(LaneStageModule):
             self.starts[name] = NEVER if name in stage.frozen else stage.unfreeze.steps().get(name, 0)
         self.weights = {"answer_loss": 1.0, "answer_accuracy": 0.0, **router_weights(config, 1.0)}
 
-    def write(self, stm: torch.Tensor, at: LaneInteractions) -> tuple[torch.Tensor, torch.Tensor]:
-        """The STM after interaction ``at`` was written, and the gate sums; lanes without one keep theirs."""
-        grad = torch.is_grad_enabled()
-        with torch.set_grad_enabled(grad and self.trains("encoder")):
-            layers = self.encoder(at.tokens, at.layout)
-        with torch.set_grad_enabled(grad and (self.trains("encoder") or self.trains("memory_attention"))):
+    def encode(self, at: LaneInteractions) -> torch.Tensor:
+        """The encoder's layers [L, N, D] of the interactions ``at``."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains("encoder")):
+            layers: torch.Tensor = self.encoder(at.tokens, at.layout)
+        return layers
+
+    def write(
+        self, stm: torch.Tensor, layers: torch.Tensor, at: LaneInteractions
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The STM after ``layers`` [L, N, D] of the interactions ``at`` were written, and the gate sums."""
+        trains = self.trains("encoder") or self.trains("memory_attention")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             return self.write_encoded(stm, layers, at)
 
     def decode(self, stm: torch.Tensor, at: LaneInteractions) -> DecoderOutput:
@@ -46,15 +52,24 @@ class SmatModule(LaneStageModule):
         return output
 
     def advance(
-        self, stm: torch.Tensor, before: LaneInteractions | None, at: LaneInteractions
+        self, stm: torch.Tensor, look_backs: Positions, positions: Positions
     ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
-        """Write ``before``, answer ``at``: sums of loss, correct tokens and the routers' losses."""
-        assert before is not None
-        stm, gates = self.write(self.with_resets(stm, at), before)
-        output = self.decode(stm, at)
-        rows = output.hidden.index_select(0, at.next_index)
-        loss, correct = self.call("decoder.lm_head", rows, at.next_targets)
-        return stm, gates, (loss, correct, output.aux_sum, output.z_sum)
+        """Write each look-back, then answer: sums of loss, correct tokens and the routers' losses.
+
+        Only the writes have to follow one another.
+        """
+        sizes = [before.layout.num_tokens for before in look_backs]
+        layers = torch.split(self.encode(side_by_side(look_backs)), sizes, dim=1)
+        memories, gates = [], []
+        for encoded, before, at in zip(layers, look_backs, positions, strict=True):
+            stm, values = self.write(self.with_resets(stm, at), encoded, before)
+            memories.append(stm)
+            gates.append(values)
+        asked = side_by_side(positions)
+        output = self.decode(torch.cat(memories, dim=1), asked)
+        rows = output.hidden.index_select(0, asked.next_index)
+        loss, correct = self.call("decoder.lm_head", rows, asked.next_targets)
+        return stm, torch.stack(gates).sum(0), (loss, correct, output.aux_sum, output.z_sum)
 
     def run(
         self, batch: WindowBatch, stm: torch.Tensor | None

@@ -80,11 +80,12 @@ def _evaluate_group(
         if number == 0:
             stm = fresh
             if module.system_prompts:
-                stm, gates = module.write(stm, group.prompts(source, world.device))
+                prompts = group.prompts(source, world.device)
+                stm, gates = module.write(stm, module.encode(prompts), prompts)
                 sums.add_gates(gates)
         for row, memory in enumerate((stm, fresh, stm.roll(1, dims=1))):
             tally.add(number, row, *_score(module, module.decode(memory, at).hidden, at))
-        stm, gates = module.write(stm, at)
+        stm, gates = module.write(stm, module.encode(at), at)
         sums.add_gates(gates)
         sums.add_memory(stm, group.last(number, world.device))
 
@@ -99,11 +100,12 @@ def evaluate_context(
     tally = _Tally(plan.interactions, world.device)
     with uneven_passes(module):
         for group in plan.groups:
-            seen = nothing = module.nothing(len(group.conversations))
+            seen = nothing = module.nothing()
+            readers = len(group.conversations)
             if stage.system_prompts:
                 seen = module.read(seen, group.prompts(source, world.device))
             for number, at in enumerate(group.interactions(source, world.device)):
-                for row, memory in enumerate((seen, nothing, seen.of_neighbours())):
+                for row, memory in enumerate((seen, nothing, seen.of_neighbours(readers))):
                     tally.add(number, row, *_score(module, module.decode(memory, at).hidden, at))
                 seen = module.read(seen, at)
     return tally.report(foreign=plan.conversations > 1)

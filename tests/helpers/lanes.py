@@ -31,6 +31,7 @@ from rxt_dist.model import DecoderOutput, Memory, RxTModel, SequenceLayout, buil
 from rxt_dist.model.stm import draw_stm
 from rxt_dist.randomness import derive_key, fold_in_tensor, signed_key
 from rxt_dist.stages import build_stage
+from rxt_dist.stages.lane_stage import Positions
 from rxt_dist.stages.smat import SmatModule
 
 VOCAB, SEQ_LEN, SLOTS = 41, 16, 6
@@ -256,22 +257,27 @@ def lane_values(values: torch.Tensor, at: LaneInteractions) -> list[torch.Tensor
 
 
 class Recorder:
-    """Keeps what a SMAT module decodes with, call by call, as long as it is attached."""
+    """Keeps what a SMAT module decodes with, position by position, as long as it is attached."""
 
     def __init__(self, module: SmatModule) -> None:
         self.memories: list[torch.Tensor] = []
         self.hidden: list[list[torch.Tensor]] = []
         self.positions: list[LaneInteractions] = []
-        decode = module.decode
+        advance, decode = module.advance, module.decode
+
+        def advanced(stm: torch.Tensor, look_backs: Positions, positions: Positions) -> Any:
+            self.positions.extend(positions)
+            return advance(stm, look_backs, positions)
 
         def recorded(stm: torch.Tensor, at: LaneInteractions) -> DecoderOutput:
             output = decode(stm, at)
-            self.memories.append(stm.detach().clone())
-            self.hidden.append(lane_values(output.hidden.detach(), at))
-            self.positions.append(at)
+            lanes = self.positions[-1].layout.num_sequences
+            self.memories.extend(stm.detach().clone().split(lanes, dim=1))
+            values = lane_values(output.hidden.detach(), at)
+            self.hidden.extend(values[start : start + lanes] for start in range(0, len(values), lanes))
             return output
 
-        module.decode = recorded  # type: ignore[method-assign]
+        module.advance, module.decode = advanced, recorded  # type: ignore[method-assign]
 
 
 class Lanes:

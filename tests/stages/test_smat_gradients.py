@@ -70,10 +70,9 @@ def test_carrying_the_result_of_the_last_write_would_train_neither_encoder_nor_m
         for _ in range(3):
             step = next(steps)
             (batch,) = step.batches
-            written = module.write(lanes.stm, batch.look_backs[0])[0].detach()
-            naive, _, _ = module(
-                replace(batch, look_backs=(absent(batch.look_backs[0]),)), step.counts, written
-            )
+            (before,) = batch.look_backs
+            written = module.write(lanes.stm, module.encode(before), before)[0].detach()
+            naive, _, _ = module(replace(batch, look_backs=(absent(before),)), step.counts, written)
             naive_gradients = gradients(module, naive)
             for part in ("encoder.layers", "memory_attention"):
                 assert size_of(naive_gradients, part) == 0.0
@@ -93,8 +92,10 @@ def test_gradients_go_through_as_many_writes_as_the_window_has_positions(window:
     write, decode = module.write, module.decode
     losses: dict[int, torch.Tensor] = {}
 
-    def shifted(stm: torch.Tensor, at: LaneInteractions) -> tuple[torch.Tensor, torch.Tensor]:
-        written, gates = write(stm, at)
+    def shifted(
+        stm: torch.Tensor, layers: torch.Tensor, at: LaneInteractions
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        written, gates = write(stm, layers, at)
         if not bool(at.present[0]):
             return written, gates
         number = int(at.numbers[0])
@@ -104,7 +105,9 @@ def test_gradients_go_through_as_many_writes_as_the_window_has_positions(window:
 
     def probed(stm: torch.Tensor, at: LaneInteractions) -> DecoderOutput:
         output = decode(stm, at)
-        losses[int(at.numbers[0])] = output.hidden.square().sum()
+        for position, number in enumerate(at.numbers.tolist()):
+            mine = at.layout.sequence_ids == position
+            losses[number] = output.hidden[mine].square().sum()
         return output
 
     module.write, module.decode = shifted, probed
