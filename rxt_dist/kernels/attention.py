@@ -38,7 +38,7 @@ class AttentionLayout:
         key_index: int64 [cu_k[B]], rows of the key and value tensors that exist, in ``cu_k`` order;
             None where all of them do. It may name a row more than once.
         slack: ``key_index`` goes on after ``cu_k[B]`` with rows that nobody reads, since only the device
-            knows where it ends. Backend "sdpa" waits to learn it.
+            knows where they begin. Backend "sdpa" waits to learn it.
     """
 
     cu_q: torch.Tensor
@@ -90,6 +90,10 @@ def attention(
     if layout.key_index is not None:
         k = k.index_select(0, layout.key_index)
         v = v.index_select(0, layout.key_index)
+    if layout.slack:
+        # Backends leave the gradient of rows that nobody reads as they find it in memory.
+        unread = torch.arange(k.shape[0], device=k.device) >= layout.cu_k[-1]
+        k, v = (rows.masked_fill(unread.view(-1, 1, 1), 0.0) for rows in (k, v))
     if q.shape[1] < k.shape[1]:
         q = q.repeat(1, k.shape[1] // q.shape[1], 1)
     if q.shape[0] == 0 or k.shape[0] == 0:
