@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +102,21 @@ def test_causal_cross_attention_is_aligned_to_the_last_key(keys: list[int]) -> N
 def test_key_index(causal: bool) -> None:
     index = torch.tensor([0, 2, 3, 9, 8])  # rows 1, 4..7 do not exist; order is the caller's
     compare((4, 2), layout_of([3, 4, 3], [3, 0, 2], index), 10, causal)
+
+
+def test_rows_after_the_last_group_are_neither_read_nor_given_a_gradient() -> None:
+    index = torch.tensor([0, 2, 2, 3, 9, 8, 5])  # a row twice; 8 and 5 are read by nobody
+    cut = layout_of([3, 4, 3], [3, 0, 2], index[:5])
+    slack = replace(layout_of([3, 4, 3], [3, 0, 2], index), slack=True)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(10, 2, WIDTH, requires_grad=True) for _ in range(3))
+    found = []
+    for layout in (cut, slack):
+        out = attention(q, k, v, layout, causal=False)
+        found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for ours, expected in zip(found[1], found[0], strict=True):
+        assert torch.equal(ours, expected)
+    assert not found[1][2][[5, 8]].any()
 
 
 def test_scale() -> None:

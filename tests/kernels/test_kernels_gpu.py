@@ -83,6 +83,32 @@ def test_attention_backend(
         assert_near(left, right)
 
 
+@pytest.mark.parametrize("backend", ["flash", "varlen"])
+def test_rows_after_the_last_group_have_no_gradient(backend: str) -> None:
+    """Whatever the memory held where the backend puts its gradients."""
+    try:
+        set_attention_backend(backend, CUDA, torch.bfloat16)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    torch.manual_seed(0)
+    rows, keys = 4096, [1, 0, 30]
+    index = torch.randint(rows, (50_000,), device=CUDA)
+    layout = AttentionLayout(boundaries([5, 2, 7]), boundaries(keys), 7, 30, index, slack=True)
+    q = torch.randn(14, 4, WIDTH, device=CUDA).bfloat16().requires_grad_()
+    k, v = (torch.randn(rows, 4, WIDTH, device=CUDA).bfloat16().requires_grad_() for _ in range(2))
+    out = attention(q, k, v, layout, causal=False)
+    # What is freed now is what the backward pass gets.
+    del_me = [torch.full((50_000, 4, WIDTH), torch.nan, device=CUDA).bfloat16() for _ in range(4)]
+    del del_me
+    out.sum().backward()
+    read = torch.zeros(rows, dtype=torch.bool, device=CUDA)
+    read[index[: sum(keys)]] = True
+    for x in (k, v):
+        assert torch.isfinite(x.grad).all()
+        assert not x.grad[~read].any()
+        assert x.grad[read].any()
+
+
 @pytest.mark.parametrize("counts", [[30, 0, 100, 2], [0, 0, 0, 132], [0, 0, 0, 0]])
 def test_grouped_linear(counts: list[int]) -> None:
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ CASES = {
     "lanes, computed again": Case("smat", 2, 1, variant=BALANCED, recompute="interaction"),
 }
 PASSES = {"text": 1, "lanes": 1, "lanes, computed again": 3}
-"""Times that the decoder runs in a step: once for a window, or at every position and again at most of them."""
+"""Times that the decoder runs in a step: once for a window, or for each position and again for most."""
 
 
 def batches(case: Case) -> Iterator[Any]:
