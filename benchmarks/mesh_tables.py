@@ -1,0 +1,85 @@
+"""Tables of what :mod:`benchmarks.meshes` has measured."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks import train_step
+from rxt_dist.config import RunConfig
+
+MIB, MB = 1 << 20, 1e6
+KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "reduce", "broadcast")
+SENT_FOR = {
+    "gradient_reduction": "gradients",
+    "parameter_all_gather": "weights",
+    "expert_all_to_all": "experts",
+    "tensor_parallel": "tensors",
+}
+"""What bytes are sent for, by the names of `rxt plan`."""
+
+BOUNDS = {"fp32": 1e-4, "bf16": 2**-7}
+"""Relative differences of losses that may come from rounding: sums over ranks are rounded in another order, and
+a token near the border of two experts may change sides. In bf16 it is one unit in the last place of the loss,
+were it itself a bf16 number."""
+_SHOWN_LOSSES = 5
+
+Found = Mapping[str, dict[str, Any]]
+
+
+def describe(setting: dict[str, Any], arguments: argparse.Namespace) -> str:
+    """Machine, versions, model and batch, without what differs from mesh to mesh."""
+    head, model, *rest = train_step.describe(setting).splitlines()
+    head = head.replace(f"ranks: {setting['ranks']}", f"ranks: up to {arguments.ranks}")
+    return "\n".join([head, model.replace(f", ZeRO {setting['zero']['stage']}", ""), *rest[:-1]])
+
+
+def tables(found: Found) -> str:
+    """Speed and memory, bytes by kind of operation, and bytes by purpose beside the plan."""
+    width = max(len("mesh"), *(len(name) for name in found)) + 1
+    first = next(iter(found.values()))
+    speed = [_row("mesh", width, ["ZeRO", "compiled", "tokens/s", "of first", "step, ms", "MiB", "planned"])]
+    kinds = [kind for kind in KINDS if any(one["sent_bytes"].get(kind) for one in found.values())]
+    sent = [_row("sent, MB", width, [*kinds, "calls"], 15)]
+    purposes = [_row("", width, [f"{name}: sent, plan" for name in SENT_FOR.values()], 22)]
+    for name, one in found.items():
+        cells = [str(one["zero_stage"]), "yes" if one["compiled"] else "no"]
+        cells += [f"{one['tokens_per_second']:,.0f}"]
+        cells += [f"{one['tokens_per_second'] / first['tokens_per_second']:.2f}"]
+        cells += [f"{one['step_seconds'] * 1e3:.2f}"]
+        cells += [f"{one[size] / MIB:,.0f}" for size in ("peak_bytes", "planned_bytes")]
+        speed.append(_row(name, width, cells))
+        amounts = [f"{one['sent_bytes'].get(kind, 0) / MB:,.3f}" for kind in kinds]
+        sent.append(_row(name, width, [*amounts, f"{sum(one['calls'].values()):,.0f}"], 15))
+        pairs = [
+            f"{one['sent_bytes_for'][key] / MB:,.3f} {one['planned_bytes_for'][key] / MB:>10,.3f}"
+            for key in SENT_FOR
+        ]
+        purposes.append(_row(name, width, pairs, 22))
+    return "\n\n".join("\n".join(lines) for lines in (speed, sent, purposes))
+
+
+def _row(name: str, width: int, cells: Sequence[str], cell_width: int = 11) -> str:
+    return f"{name:<{width}}" + "".join(f"{cell:>{cell_width}}" for cell in cells)
+
+
+def largest_difference(losses: Sequence[float], reference: Sequence[float]) -> tuple[float, int]:
+    """Largest relative difference, and the step (from 1) that has it."""
+    pairs = zip(losses, reference, strict=True)
+    return max((abs(own - other) / abs(other), step) for step, (own, other) in enumerate(pairs, start=1))
+
+
+def curves_text(found: Found, config: RunConfig) -> str:
+    """Some losses of every mesh, and how far they are from those of the first."""
+    first = next(iter(found))
+    reference, bound = found[first]["curve"], BOUNDS[config.precision]
+    steps = sorted({math.ceil(len(reference) * part / _SHOWN_LOSSES) for part in range(1, _SHOWN_LOSSES + 1)} | {1})
+    width = max(len("loss at step"), *(len(name) for name in found)) + 1
+    lines = [_row("loss at step", width, [*map(str, steps), f"from {first}"], 11)]
+    for name, one in found.items():
+        difference, step = largest_difference(one["curve"], reference)
+        far = f"  at most {difference:.1e} (step {step})"
+        lines.append(_row(name, width, [f"{one['curve'][at - 1]:.5f}" for at in steps]) + far)
+    return "\n".join([*lines, f"bound of {config.precision}, relative: {bound:.1e}"])
