@@ -75,7 +75,9 @@ def curves_text(found: Found, config: RunConfig) -> str:
     """Some losses of every mesh, and how far they are from those of the first."""
     first = next(iter(found))
     reference, bound = found[first]["curve"], BOUNDS[config.precision]
-    steps = sorted({math.ceil(len(reference) * part / _SHOWN_LOSSES) for part in range(1, _SHOWN_LOSSES + 1)} | {1})
+    steps = sorted(
+        {math.ceil(len(reference) * part / _SHOWN_LOSSES) for part in range(1, _SHOWN_LOSSES + 1)} | {1}
+    )
     width = max(len("loss at step"), *(len(name) for name in found)) + 1
     lines = [_row("loss at step", width, [*map(str, steps), f"from {first}"], 11)]
     for name, one in found.items():

@@ -133,9 +133,7 @@ def measure_mesh(
     """Measure a stage on the mesh of ``config``, and train on ``stories`` for a loss curve. Collective."""
     steps = arguments.warmup + arguments.steps + COUNTED_STEPS
     with datasets(config, [index], world, steps, arguments) as prepared:
-        result = measure(
-            prepared, index, world, steps=arguments.steps, warmup=arguments.warmup, traffic=True
-        )
+        result = measure(prepared, index, world, steps=arguments.steps, warmup=arguments.warmup, traffic=True)
         found = record(result, prepared, index, world)
     if stories is not None:
         data = DataConfig(text=stories / "text", conversations=stories / "conversations")
@@ -231,23 +229,42 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
             assert isinstance(config.model.vocab_size, int)
             write_stories(folder / "stories", config.model.vocab_size)
             own += ["--stories", str(folder / "stories")]
-        found = {}
-        for mesh in meshes:
-            found[mesh.name] = launch(mesh, folder, own)
-    return report(found, config, arguments)
+        found, failed = measure_all(meshes, folder, own, arguments.json)
+    code = report(found, config, arguments) if found else 0
+    return FAILED_EXIT_CODE if failed else code
+
+
+def measure_all(
+    meshes: Sequence[MeshName], folder: Path, argv: Sequence[str], file: Path | None
+) -> tuple[dict[str, dict[str, Any]], bool]:
+    """What was measured of every mesh, also written to ``file`` after each, and whether one failed."""
+    found: dict[str, dict[str, Any]] = {}
+    failed = False
+    for mesh in meshes:
+        start = time.perf_counter()
+        try:
+            one = found[mesh.name] = launch(mesh, folder, argv)
+        except TrainingError as error:
+            print(f"{error}\n", file=sys.stderr, flush=True)
+            failed = True
+            continue
+        seconds = time.perf_counter() - start
+        print(f"{mesh.name}: {one['tokens_per_second']:,.0f} tokens/s ({seconds:.0f} s)", file=sys.stderr)
+        if file is not None:
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found, failed
 
 
 def report(found: dict[str, dict[str, Any]], config: RunConfig, arguments: argparse.Namespace) -> int:
-    """Print the tables and write the file; the exit code."""
-    texts = [describe(next(iter(found.values()))["setting"], arguments), tables(found)]
-    first, bound, code = next(iter(found)), BOUNDS[config.precision], 0
+    """Print the tables; the exit code."""
+    reference = next(iter(found.values()))
+    texts = [describe(reference["setting"], arguments), tables(found)]
+    code = 0
     if arguments.loss_curves:
         texts.append(curves_text(found, config))
-        worst = max(largest_difference(one["curve"], found[first]["curve"])[0] for one in found.values())
-        code = 0 if worst <= bound else FAILED_EXIT_CODE
+        worst = max(largest_difference(one["curve"], reference["curve"])[0] for one in found.values())
+        code = 0 if worst <= BOUNDS[config.precision] else FAILED_EXIT_CODE
     print("\n\n".join(texts), flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,7 +57,12 @@ def _second(group: dist.ProcessGroup, part: Tensors, whole: Tensors, *_: Any) ->
 
 
 def _to_others(
-    group: dist.ProcessGroup, output: torch.Tensor, sent: torch.Tensor, _: Any, splits: Sequence[int], *__: Any
+    group: dist.ProcessGroup,
+    output: torch.Tensor,
+    sent: torch.Tensor,
+    _: Any,
+    splits: Sequence[int],
+    *__: Any,
 ) -> float:
     rows, ranks = sent.shape[0], group.size()
     own = splits[group.rank()] if splits else rows // ranks
@@ -92,10 +98,13 @@ _SENT: dict[str, tuple[str, Callable[..., float]]] = {
 }
 
 
+_RETURNS_WORK = re.compile(r"-> [\w.:]*\bWork$", re.MULTILINE)
+
+
 def _operations() -> dict[str, Any]:
     """Methods of a process group that send something: those that return what can be waited for."""
     methods = vars(dist.ProcessGroup).items()
-    return {name: method for name, method in methods if "-> c10d::Work" in (method.__doc__ or "")}
+    return {name: m for name, m in methods if name in _SENT or _RETURNS_WORK.search(m.__doc__ or "")}
 
 
 @contextmanager
