@@ -247,7 +247,7 @@ class _StagePlan:
         }
 
     def _exchanged(self) -> int:
-        """Bytes that a rank sends to other experts' ranks so that the rows of a step go one way, in a layer."""
+        """Bytes that a rank sends so that the rows of a step go to the ranks of their experts, in a layer."""
         moe = self.config.model.decoder.moe
         if moe is None or not _moes(self.module):
             return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
