@@ -58,9 +58,10 @@ BASIS = {
     "lane_stm": "STM of this rank's lanes in fp32; exact",
     "activations": "tensors that the layers keep for the backward pass of a micro-batch of full packs, or of "
     "lanes of full interactions; without workspaces and the allocator's slack",
-    "communication": "bytes that a rank sends in one optimizer step, ring algorithms, experts evenly loaded "
-    "(ZeRO 3: weights that no longer are held are gathered again); tensor_parallel: activations and their "
-    "gradients",
+    "communication": "bytes that a rank sends in one optimizer step of full sequences, ring algorithms, "
+    "experts evenly loaded (ZeRO 1 and 2: every rank gets whole sums of gradients, unless "
+    "use_multi_rank_bucket_allreduce of deepspeed.zero_optimization is false; ZeRO 3: weights that no longer "
+    "are held are gathered again); tensor_parallel: activations and their gradients, and those of copied heads",
 }
 """How each number of a plan is made."""
 
