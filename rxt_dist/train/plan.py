@@ -61,7 +61,7 @@ BASIS = {
     "communication": "bytes that a rank sends in one optimizer step of full sequences, ring algorithms, "
     "experts evenly loaded (ZeRO 1 and 2: every rank gets whole sums of gradients, unless "
     "use_multi_rank_bucket_allreduce of deepspeed.zero_optimization is false; ZeRO 3: weights that no longer "
-    "are held are gathered again); tensor_parallel: activations and their gradients, and those of copied heads",
+    "are held are gathered again); tensor_parallel: activations, their gradients, and those of copied heads",
 }
 """How each number of a plan is made."""
 
