@@ -321,4 +321,4 @@ def test_smaller_micro_batches_leave_the_step_as_it_is() -> None:
 
     assert [micro(JOINT, ranks) for ranks in (1, 2, 4, 8)] == [4, 2, 1, None]
     assert micro(SMAT, 2) == 4
-    assert micro(JOINT, 1, "batch.packs=9", "batch.micro_packs=3") == 1
+    assert micro(JOINT, 1, "batch.packs=10", "batch.micro_packs=5") == 1
