@@ -20,8 +20,8 @@ workspaces and, on a CPU, Python itself.
 
 With --loss-curves every mesh then trains once more from the same seed, on the same batches of synthetic
 stories, and its losses are compared with those of the first mesh. Roundings grow while a model learns, so
-the first mesh also trains with smaller micro-batches, which changes nothing but the order of sums: other
-meshes may differ three times as much as that. The exit code is 1 where one differs more.
+the first mesh also trains with smaller micro-batches, which changes nothing but the order of sums: on
+average over the steps, other meshes may differ three times as much, else the exit code is 1.
 """
 
 from __future__ import annotations

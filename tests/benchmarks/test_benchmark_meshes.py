@@ -213,16 +213,16 @@ def test_what_cannot_be_compiled_is_not() -> None:
 
 
 def test_curves_may_differ_by_three_times_the_control() -> None:
-    first = {"curve": [4.0, 2.0], "control": [4.0, 2.02]}
-    near, far = {"curve": [4.0, 1.942]}, {"curve": [4.0, 2.062]}
+    first = {"curve": [4.0, 2.0], "control": [4.0, 2.02]}  # 0.5 % on average
+    near, far = {"curve": [4.0, 1.944]}, {"curve": [3.938, 2.031]}
     near_enough = Curves({"dp2": first, "tp2": near}, rounding=1e-3)
-    assert near_enough.bound == pytest.approx(0.03)
+    assert near_enough.bound == pytest.approx(0.015)
     assert near_enough.agree()
     assert not Curves({"dp2": first, "tp2": near, "ep2": far}, rounding=1e-3).agree()
     assert not Curves({"dp2": first | {"control": None}, "tp2": near}, rounding=1e-3).agree()
-    assert Curves({"dp2": first | {"control": None}, "tp2": near}, rounding=0.03).agree()
-    assert re.search(r"tp2 +4\.00000 +1\.94200  2\.9e-02 \(step 2\)", near_enough.text())
-    assert re.search(r"sums regrouped .* 1\.0e-02 \(step 2\)", near_enough.text())
+    assert Curves({"dp2": first | {"control": None}, "tp2": near}, rounding=0.015).agree()
+    assert re.search(r"tp2 +4\.00000 +1\.94400  1\.4e-02, 2\.8e-02 \(step 2\)", near_enough.text())
+    assert re.search(r"sums regrouped .* 5\.0e-03, 1\.0e-02 \(step 2\)", near_enough.text())
 
 
 def test_stories_need_a_vocabulary(tmp_path: Path) -> None:
