@@ -282,18 +282,25 @@ class _StagePlan:
 
     def _sent_weights(self) -> int:
         """Bytes that a rank sends in a step so that others have whole weights, with ZeRO 3."""
-        ranks, gathered = self.mesh.dp_size, self._gathered()
+        kept = {id(parameter) for parameter in self._whole_parameters()}
         whole = sum(parameter.numel() for parameter in self._whole_parameters())
         zero = self.settings["zero_optimization"]
         reuse = zero.get("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE)
         ahead = zero.get("stage3_prefetch_bucket_size", _PREFETCH_BUCKET_SIZE)
-        times = 1
-        if gathered > max(
-            reuse, ahead
-        ):  # dropped after every use: each pass forward and backward gathers again
-            passes = self.window if self.stage.uses_lanes else 1
-            times = 2 * passes + self.recomputed
-        return _sent((self.accumulation * times * gathered + whole) * self.element, ranks)
+        gathered = self._gathered()
+        if gathered > max(reuse, ahead):  # dropped after every use
+            writes = getattr(self.module, "memory_attention", None)
+            parameters = [] if writes is None else writes.parameters()
+            again = sum(p.numel() for p in parameters if id(p) not in kept)
+            gathered = self._uses() * (gathered - again) + self._uses(each=True) * again
+        return _sent((self.accumulation * gathered + whole) * self.element, self.mesh.dp_size)
+
+    def _uses(self, *, each: bool = False) -> int:
+        """How often a weight is used in a micro-batch, forward, backward and in recomputation; ``each``: by
+        every position of a window, although those of the others are computed together."""
+        if not self.stage.uses_lanes or not (each or self.recomputed):
+            return 2
+        return 2 * self.window + self.recomputed
 
     def _activation_elements(self) -> int:
         """See BASIS; a frozen component keeps nothing."""

@@ -43,7 +43,7 @@ def tensor_rows(config: RunConfig, stage: StageConfig, tokens: int, units: int) 
             found = found.plus(_decoder(model, trains=True).times(tokens), TensorRows(tokens + memory))
         return found
     if stage.name == "context_sft":
-        return _context(config, stage, tokens)
+        return _context(model, tokens)
     trains = _Trains(writes=True)
     if stage.name == "smat":
         encoder = "encoder" not in stage.frozen
@@ -78,10 +78,9 @@ def _lanes(model: ModelConfig, stage: StageConfig, tokens: int, lanes: int, trai
     return found
 
 
-def _context(config: RunConfig, stage: StageConfig, tokens: int) -> TensorRows:
-    """Rows of a window whose positions read all encodings of the window up to theirs."""
-    model, window = config.model, stage_window(config, stage)
-    read = model.decoder.num_layers * tokens * (window + 1) // 2
+def _context(model: ModelConfig, tokens: int) -> TensorRows:
+    """Rows of a window, of which every layer of the decoder takes in all encodings once."""
+    read = model.decoder.num_layers * tokens
     found = _encoder(model, trains=True).plus(_decoder(model, trains=True)).times(tokens)
     return found.plus(TensorRows(tokens + read))
 
