@@ -20,7 +20,8 @@ there is one:
     return           rows back
     combine          weighted sum of each token's rows
 
-``moved`` is the share of the steps from sort to return, the products left out, in all steps. Without expert
+``moved`` is the share of the steps from sort to return, the products left out, in all steps; ``dispatch`` the
+time of the steps from sort to combine, the products left out, over that of the products. Without expert
 ranks, counts, send, regroup and return do not exist.
 """
 
@@ -155,14 +156,15 @@ def check(layer: MoE, x: torch.Tensor, world: World) -> None:
 
 def header() -> str:
     columns = "".join(f"{name:>10}" for name in (*WHOLE, *STEPS))
-    return f"{'tokens':>8}{'uneven':>8}{columns}{'moved':>8}"
+    return f"{'tokens':>8}{'uneven':>8}{columns}{'moved':>8}{'dispatch':>10}"
 
 
 def line(tokens: int, seconds: dict[str, float], uneven: float) -> str:
     total = sum(seconds[name] for name in STEPS)
-    moved = sum(seconds[name] for name in MOVING) / total
+    moving = sum(seconds[name] for name in MOVING)
+    dispatch = (moving + seconds["combine"]) / seconds["experts"]
     cells = "".join(f"{seconds[name] * 1e3:>10.3f}" for name in (*WHOLE, *STEPS))
-    return f"{tokens:>8}{uneven:>8.2f}{cells}{moved:>8.1%}"
+    return f"{tokens:>8}{uneven:>8.2f}{cells}{moving / total:>8.1%}{dispatch:>10.2f}"
 
 
 def describe(config: RunConfig, layer: MoE, world: World, arguments: argparse.Namespace) -> str:

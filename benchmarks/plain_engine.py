@@ -17,9 +17,9 @@ from rxt_dist.stages import StageModule
 
 def check_plain(config: RunConfig) -> None:
     """Raise :class:`ConfigError` for a run that needs DeepSpeed."""
-    size = config.parallel.expert_size
-    if size > 1:
-        raise ConfigError(f"--without-deepspeed: found parallel.expert_size {size}; valid: 1")
+    for field, size in config.parallel.model_dump().items():
+        if size > 1:
+            raise ConfigError(f"--without-deepspeed: found parallel.{field} {size}; valid: 1")
 
 
 class PlainEngine:
@@ -27,7 +27,7 @@ class PlainEngine:
 
     Offers what :class:`~rxt_dist.train.engine.StageEngine` offers a training loop. Gradients are added up in
     the dtype of the weights, and over ranks in one message; the optimizer state is whole on every rank.
-    Experts must not be spread over ranks (:func:`check_plain`).
+    Neither experts nor tensors may be spread over ranks (:func:`check_plain`).
     """
 
     def __init__(self, config: RunConfig, stage: StageConfig, world: World, module: StageModule) -> None:

@@ -18,11 +18,13 @@ import torch.distributed as dist
 
 from benchmarks.plain_engine import PlainEngine
 from benchmarks.profiling import Profile, profile_steps
+from benchmarks.traffic import Traffic, counted_traffic
 from rxt_dist.config import RunConfig, check_world_size, stage_optimizer
 from rxt_dist.errors import TrainingError
 from rxt_dist.kernels.attention import set_attention_backend
 from rxt_dist.kernels.compilation import set_compile
 from rxt_dist.parallel.bootstrap import World, start_process_group, world_from_environment
+from rxt_dist.parallel.collectives import sum_over_ranks
 from rxt_dist.stages import open_pieces
 from rxt_dist.stages.flops import batch_flops
 from rxt_dist.train.build import build_engine, build_module
@@ -33,6 +35,7 @@ from rxt_dist.train.schedule import learning_rate
 PHASES = ("data", "forward", "backward", "update", "other")
 SPLIT_STEPS = 10
 PROFILED_STEPS = 3
+COUNTED_STEPS = 3
 MIB = 1 << 20
 
 Engine = StageEngine | PlainEngine
@@ -59,6 +62,8 @@ class Result:
     flops_per_token: float | None = None
     """Of all ranks; None if not measured."""
     profile: Profile | None = None
+    traffic: Traffic | None = None
+    """What this rank sent in :data:`COUNTED_STEPS` more steps; None if not measured."""
 
     @property
     def step(self) -> float:
@@ -206,11 +211,13 @@ def measure(
     deepspeed: bool = True,
     split: bool = False,
     profile: bool = False,
+    traffic: bool = False,
 ) -> Result:
     """Train a fresh model in stage number ``index`` and time the steps after the warm-up. Collective.
 
     The rate and the memory come from ``steps`` steps that nothing disturbs. With ``split`` more steps follow,
-    which divide their time into phases, count operations and, on a GPU or with ``profile``, kernels.
+    which divide their time into phases, count operations and, on a GPU or with ``profile``, kernels. With
+    ``traffic`` more steps follow, in which it is counted what the rank sends.
 
     Raises:
         TrainingError: a loss is not finite.
@@ -243,18 +250,26 @@ def measure(
                 statistics.median(loop.waits),
                 peak_bytes(world.device),
             )
-            return result(*_split(loop, steps, profile)) if split else result()
+            found = result(*_split(loop, steps, profile)) if split else result()
+            return replace(found, traffic=_traffic(loop)) if traffic else found
     finally:
         engine.close()
 
 
 def _losses(loop: Loop) -> list[float]:
-    losses = torch.stack(loop.losses).double()
-    dist.all_reduce(losses)
+    losses = sum_over_ranks(torch.stack(loop.losses).double())
     if not torch.isfinite(losses).all():
         raise TrainingError("the loss is not finite: the times would mean nothing")
     found: list[float] = losses.tolist()
     return found
+
+
+def _traffic(loop: Loop) -> Traffic:
+    with counted_traffic() as traffic:
+        for _ in range(COUNTED_STEPS):
+            loop.step()
+        synchronise(loop.world.device)
+    return traffic
 
 
 def _split(loop: Loop, steps: int, profile: bool) -> tuple[dict[str, float], float, Profile | None]:
@@ -264,8 +279,7 @@ def _split(loop: Loop, steps: int, profile: bool) -> tuple[dict[str, float], flo
     phases = time_phases(loop, min(steps, SPLIT_STEPS))
     loop.count_flops = False
     flops = torch.tensor(float(loop.flops), dtype=torch.float64, device=loop.world.device)
-    dist.all_reduce(flops)
-    per_token = float(flops) / loop.tokens
+    per_token = float(sum_over_ranks(flops)) / loop.tokens
     if not profile and loop.world.device.type != "cuda":
         return phases, per_token, None
     return phases, per_token, profile_steps(loop.step, min(steps, PROFILED_STEPS), loop.world.device)

@@ -146,11 +146,19 @@ def tag_parameters(model: nn.Module) -> set[nn.Parameter]:
     for parameter in {*experts, *(parameter for _, parameter in split_parameters(model))}:
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     if where.groups is not None:
-        for module in model.modules():
-            partial = getattr(module, "partial_parameters", None)
-            for name in () if partial is None else partial():
-                _sum_gradient(module.get_parameter(name), where.groups.tensor)
+        for parameter in partial_parameters(model):
+            _sum_gradient(parameter, where.groups.tensor)
     return experts
+
+
+def partial_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The trained copies of which each rank of a tensor group sees a part of the computation."""
+    for module in model.modules():
+        partial = getattr(module, "partial_parameters", None)
+        for name in () if partial is None else partial():
+            parameter = module.get_parameter(name)
+            if parameter.requires_grad:
+                yield parameter
 
 
 def first_holders(model: nn.Module) -> set[str]:
@@ -171,8 +179,7 @@ def _sum_gradient(parameter: nn.Parameter, group: ProcessGroup) -> None:
     def over_group(gradient: torch.Tensor) -> torch.Tensor:
         return summed(gradient, group)
 
-    if parameter.requires_grad:
-        parameter.register_hook(over_group)  # type: ignore[no-untyped-call]
+    parameter.register_hook(over_group)  # type: ignore[no-untyped-call]
 
 
 def group_name(mesh: Mesh) -> str:

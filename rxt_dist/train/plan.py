@@ -31,7 +31,7 @@ from rxt_dist.config.run import ANSWER_STAGES, stage_window
 from rxt_dist.model.model import empty_model
 from rxt_dist.model.moe import MoE
 from rxt_dist.parallel.mesh import Mesh
-from rxt_dist.parallel.parallelize import share_tensors
+from rxt_dist.parallel.parallelize import partial_parameters, share_tensors
 from rxt_dist.stages import StageModule, build_stage
 from rxt_dist.stages.base import uses
 from rxt_dist.train.tensor_traffic import tensor_rows
@@ -58,9 +58,10 @@ BASIS = {
     "lane_stm": "STM of this rank's lanes in fp32; exact",
     "activations": "tensors that the layers keep for the backward pass of a micro-batch of full packs, or of "
     "lanes of full interactions; without workspaces and the allocator's slack",
-    "communication": "bytes that a rank sends in one optimizer step, ring algorithms, experts evenly loaded "
-    "(ZeRO 3: weights that no longer are held are gathered again); tensor_parallel: activations and their "
-    "gradients",
+    "communication": "bytes that a rank sends in one optimizer step of full sequences, ring algorithms, "
+    "experts evenly loaded (ZeRO 1 and 2: every rank gets whole sums of gradients, unless "
+    "use_multi_rank_bucket_allreduce of deepspeed.zero_optimization is false; ZeRO 3: weights that no longer "
+    "are held are gathered again); tensor_parallel: activations, their gradients, and those of copied heads",
 }
 """How each number of a plan is made."""
 
@@ -146,6 +147,12 @@ class _StagePlan:
         return stage_window(self.config, self.stage)
 
     @property
+    def recomputed(self) -> int:
+        """Positions of a window that pass forward once more in the backward pass."""
+        recomputes = self.stage.uses_lanes and self.stage.name != "context_sft"
+        return self.window - 1 if recomputes and self.config.runtime.recompute == "interaction" else 0
+
+    @property
     def micro_tokens(self) -> int:
         """Most tokens of one micro-batch of a rank, through a whole window where there is one."""
         batch = self.config.batch
@@ -227,45 +234,73 @@ class _StagePlan:
         reductions = self.accumulation if self.config.zero.stage > 1 else 1
         reduced = {"auto": self.element, "fp32": _FP32_BYTES, "bf16": 2}[self.config.zero.reduce_dtype]
         groups = [(elements, ranks) for elements, _, ranks in self._partitions()]
-        moe, layers = self.config.model.decoder.moe, len(_moes(self.module))
-        exchanged = 0
-        if moe is not None and layers:
-            rows = self.micro_tokens * self.accumulation * moe.top_k
-            own = rows // self.mesh.tensor_size
-            exchanged = _sent(own * self.config.model.embed_dim * self.element, self.mesh.expert_size)
+        exchanged = self._exchanged()
         return {
-            "gradient_reduction": reductions * sum(_sent(size * reduced, ranks) for size, ranks in groups),
+            "gradient_reduction": reductions
+            * self._passes
+            * sum(_sent(size * reduced, ranks) for size, ranks in groups),
             "parameter_all_gather": self._sent_weights()
             if self.cut
             else sum(_sent(size * self.element, ranks) for size, ranks in groups),
             "expert_all_to_all_per_layer_and_direction": exchanged,
-            # Rows go to the experts and back, and so do their gradients.
-            "expert_all_to_all": 4 * layers * exchanged,
+            "expert_all_to_all": exchanged * self._exchanges() // self.window,
             "tensor_parallel": self._tensor_bytes(),
         }
 
+    def _exchanged(self) -> int:
+        """Bytes that a rank sends so that the rows of a step go to the ranks of their experts, in a layer."""
+        moe = self.config.model.decoder.moe
+        if moe is None or not _moes(self.module):
+            return 0
+        rows = self.micro_tokens * self.accumulation * moe.top_k // self.mesh.tensor_size
+        return _sent(rows * self.config.model.embed_dim * self.element, self.mesh.expert_size)
+
+    def _exchanges(self) -> int:
+        """How often the rows of one position of a window go one way, over all layers and positions: to the
+        experts and back, and so do their gradients; recomputed ones go once more."""
+        layers = len(_moes(self.module))
+        # Gradients do not go beyond the first layer that reads the memory if the decoder is frozen.
+        ahead = 0 if self._keeps("decoder") else self.config.model.decoder.stateless_layers.count("moe")
+        return 2 * layers * (self.window + self.recomputed) + 2 * (layers - ahead) * self.window
+
+    @property
+    def _passes(self) -> int:
+        """How often gradients go around the ring: a reduction, and the gathering of what nobody needs, where
+        ZeRO 1 and 2 reduce a bucket for all ranks at once."""
+        zero = self.settings["zero_optimization"]
+        for_all = zero.get("use_multi_rank_bucket_allreduce", True) or not zero["reduce_scatter"]
+        return 2 if for_all and not self.cut else 1
+
     def _tensor_bytes(self) -> int:
-        """What the tensor group exchanges: rows of the model's width that are added up, and slices joined."""
+        """What the tensor group exchanges: rows of the model's width that are added up, and slices joined;
+        and gradients of copies of which each rank sees a part."""
         summed, joined = tensor_rows(self.config, self.stage, self.micro_tokens, self.micro)
-        size = self.config.model.embed_dim * self.element * self.accumulation
+        partial = sum(parameter.numel() for parameter in partial_parameters(self.module))
         # Adding up on a ring is a reduction and a gathering.
-        return _sent((2 * summed + joined) * size, self.mesh.tensor_size)
+        elements = (2 * summed + joined) * self.config.model.embed_dim + 2 * partial
+        return _sent(elements * self.element * self.accumulation, self.mesh.tensor_size)
 
     def _sent_weights(self) -> int:
         """Bytes that a rank sends in a step so that others have whole weights, with ZeRO 3."""
-        ranks, gathered = self.mesh.dp_size, self._gathered()
+        kept = {id(parameter) for parameter in self._whole_parameters()}
         whole = sum(parameter.numel() for parameter in self._whole_parameters())
         zero = self.settings["zero_optimization"]
         reuse = zero.get("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE)
         ahead = zero.get("stage3_prefetch_bucket_size", _PREFETCH_BUCKET_SIZE)
-        times = 1
-        if gathered > max(
-            reuse, ahead
-        ):  # dropped after every use: each pass forward and backward gathers again
-            passes = self.config.batch.window if self.stage.uses_lanes else 1
-            recomputed = passes - 1 if self.config.runtime.recompute == "interaction" else 0
-            times = 2 * passes + recomputed
-        return _sent((self.accumulation * times * gathered + whole) * self.element, ranks)
+        gathered = self._gathered()
+        if gathered > max(reuse, ahead):  # dropped after every use
+            writes = getattr(self.module, "memory_attention", None)
+            parameters = [] if writes is None else writes.parameters()
+            again = sum(p.numel() for p in parameters if id(p) not in kept)
+            gathered = self._uses() * (gathered - again) + self._uses(each=True) * again
+        return _sent((self.accumulation * gathered + whole) * self.element, self.mesh.dp_size)
+
+    def _uses(self, *, each: bool = False) -> int:
+        """How often a weight is used in a micro-batch, forward, backward and in recomputation; ``each``: by
+        every position of a window, although those of the others are computed together."""
+        if not self.stage.uses_lanes or not (each or self.recomputed):
+            return 2
+        return 2 * self.window + self.recomputed
 
     def _activation_elements(self) -> int:
         """See BASIS; a frozen component keeps nothing."""
@@ -285,8 +320,7 @@ class _StagePlan:
             part_ = model.memory_attention
             slots = self.micro * self.window * model.decoder.num_layers * model.stm_size
             elements += slots * _attention(model, part_.heads, part_.attention, shares)
-        recomputes = self.stage.uses_lanes and self.stage.name != "context_sft"
-        if recomputes and self.config.runtime.recompute == "interaction":
+        if self.recomputed:
             elements //= self.window
         return elements
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rxt_dist.config import ModelConfig, RunConfig, StageConfig
+from rxt_dist.config.run import stage_window
 from rxt_dist.stages.base import uses
 
 
@@ -41,18 +42,47 @@ def tensor_rows(config: RunConfig, stage: StageConfig, tokens: int, units: int) 
             memory = tokens * model.decoder.num_layers if reads else 0
             found = found.plus(_decoder(model, trains=True).times(tokens), TensorRows(tokens + memory))
         return found
-    smat, lanes = stage.name == "smat", units * config.batch.window
-    trains_encoder = smat and "encoder" not in stage.frozen
-    writes = trains_encoder or "memory_attention" not in stage.frozen
-    found = _encoder(model, trains=trains_encoder).times(tokens)
-    found = found.plus(_writes(model, tokens, lanes, trains=writes))
-    if smat:
-        trains = "decoder" not in stage.frozen
-        slots = model.decoder.num_layers * model.stm_size * lanes
-        memory = slots if writes or (trains and model.decoder.stm_norm) else 0
-        decoder = _decoder(model, trains=trains, reads_gradient=writes)
-        found = found.plus(decoder.times(tokens), TensorRows(tokens * (trains or writes) + memory))
+    if stage.name == "context_sft":
+        return _context(model, tokens)
+    trains = _Trains(writes=True)
+    if stage.name == "smat":
+        encoder = "encoder" not in stage.frozen
+        writes = encoder or "memory_attention" not in stage.frozen
+        trains = _Trains(encoder, writes, "decoder" not in stage.frozen)
+    window = stage_window(config, stage)
+    found = _lanes(model, stage, tokens, units * window, trains)
+    if config.runtime.recompute == "interaction":  # all positions but the last pass forward once more
+        again = _lanes(model, stage, tokens // window, units, _Trains())
+        found = found.plus(again.times(window - 1))
     return found
+
+
+class _Trains(NamedTuple):
+    """What has a backward pass."""
+
+    encoder: bool = False
+    writes: bool = False
+    decoder: bool = False
+
+
+def _lanes(model: ModelConfig, stage: StageConfig, tokens: int, lanes: int, trains: _Trains) -> TensorRows:
+    """Rows of ``lanes`` interactions of ``tokens`` together: encoded, written, and in stage smat answered."""
+    found = _encoder(model, trains=trains.encoder).times(tokens)
+    found = found.plus(_writes(model, tokens, lanes, trains=trains.writes))
+    if stage.name == "smat":
+        slots = model.decoder.num_layers * model.stm_size * lanes
+        memory = slots if trains.writes or (trains.decoder and model.decoder.stm_norm) else 0
+        decoder = _decoder(model, trains=trains.decoder, reads_gradient=trains.writes)
+        reached = trains.decoder or trains.writes
+        found = found.plus(decoder.times(tokens), TensorRows(tokens * reached + memory))
+    return found
+
+
+def _context(model: ModelConfig, tokens: int) -> TensorRows:
+    """Rows of a window, of which every layer of the decoder takes in all encodings once."""
+    read = model.decoder.num_layers * tokens
+    found = _encoder(model, trains=True).plus(_decoder(model, trains=True)).times(tokens)
+    return found.plus(TensorRows(tokens + read))
 
 
 def _encoder(model: ModelConfig, *, trains: bool) -> TensorRows:

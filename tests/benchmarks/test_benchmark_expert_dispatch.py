@@ -31,7 +31,7 @@ def test_the_steps_of_a_layer_are_measured(ranks: int) -> None:
     header, *lines = (line.split() for line in result.stdout.splitlines() if line.lstrip()[:6] != "medians")
     while header[:1] != ["tokens"]:
         header, *lines = lines
-    assert header == ["tokens", "uneven", *COLUMNS, "combine", "moved"]
+    assert header == ["tokens", "uneven", *COLUMNS, "combine", "moved", "dispatch"]
     rows = [dict(zip(header, line, strict=True)) for line in lines]
     assert [row["tokens"] for row in rows] == ["64", "512"]
     for row in rows:
@@ -41,6 +41,8 @@ def test_the_steps_of_a_layer_are_measured(ranks: int) -> None:
         moving = sum(seconds[name] for name in ("sort", "permute", *EXCHANGE))
         steps = sum(seconds[name] for name in seconds if name not in ("layer", "backward"))
         assert float(row["moved"].rstrip("%")) / 100 == pytest.approx(moving / steps, abs=0.02)
+        ratio = (moving + seconds["combine"]) / seconds["experts"]
+        assert float(row["dispatch"]) == pytest.approx(ratio, abs=0.02, rel=0.02)
 
 
 @pytest.mark.parametrize(

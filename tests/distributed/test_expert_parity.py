@@ -6,6 +6,7 @@ import pytest
 from helpers.expert_cases import Case
 from helpers.parity import Results, assert_one_process, results_of
 
+TO_ONE_RANK = (("deepspeed.zero_optimization.use_multi_rank_bucket_allreduce", False),)
 COVERING = [
     Case("joint_lm", 2, 2, zero=2, accumulation=2),
     Case("joint_lm", 2, 1, variant="top 1, unused expert"),
@@ -20,6 +21,8 @@ COVERING = [
     Case("smat", 4, 4, zero=2, accumulation=2, variant="eight experts"),
     Case("smat, always fresh", 4, 4),
     Case("smat, frozen decoder", 4, 2, zero=2),
+    Case("smat", 4, 2, zero=2, accumulation=2, settings=TO_ONE_RANK),
+    Case("joint_lm", 2, 1, settings=TO_ONE_RANK),
 ]
 MATRIX = [
     Case(stage, world, size, zero, accumulation)

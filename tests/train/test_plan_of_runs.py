@@ -109,7 +109,8 @@ def test_gradients_lanes_and_communication_by_hand() -> None:
         assert stage["tokens_per_rank"] == 2 * 3 * config.model.seq_len
         assert stage["memory_bytes"]["lane_stm"] == 2 * 2 * 6 * 64 * 4  # lanes, layers, slots, width, fp32
         assert stage["communication_bytes"]["parameter_all_gather"] == trained * 4 // 2
-        assert stage["communication_bytes"]["gradient_reduction"] == reductions * trained * 4 // 2
+        # Every rank gets whole sums, of which it needs half.
+        assert stage["communication_bytes"]["gradient_reduction"] == reductions * 2 * trained * 4 // 2
         assert stage["communication_bytes"]["expert_all_to_all"] == 0
         wanted = trained * 4 if zero == 1 else (trained + 1) // 2 * 4 + 1000 * 4
         assert abs(stage["memory_bytes"]["gradients"] - wanted) <= 16
@@ -123,7 +124,12 @@ def test_expert_parallel_communication_by_hand() -> None:
     (stage,) = plan_run(config, 4, 41)["stages"]
     sent = stage["communication_bytes"]
     # Each of four ranks reduces the rest with three others, and half of the experts with one.
-    assert sent["gradient_reduction"] == (trained - experts) * 4 * 3 // 4 + experts // 2 * 4 // 2
+    once = (trained - experts) * 4 * 3 // 4 + experts // 2 * 4 // 2
+    assert sent["gradient_reduction"] == 2 * once
+    key = "deepspeed__zero_optimization__use_multi_rank_bucket_allreduce"
+    config = lane_config("{name: smat, steps: 2}", batch__window=3, parallel__expert_size=2, **{key: False})
+    (stage,) = plan_run(config, 4, 41)["stages"]
+    assert stage["communication_bytes"]["gradient_reduction"] == once
     rows = 1 * 3 * config.model.seq_len * 2  # one lane, three positions, top 2
     assert sent["expert_all_to_all_per_layer_and_direction"] == rows * 64 * 4 // 2
     assert sent["expert_all_to_all"] == 2 * 4 * rows * 64 * 4 // 2
