@@ -32,9 +32,17 @@ import torch
 from rxt_dist.config import RunConfig, load_config
 from rxt_dist.data.batch import MaskPlan, build_text_batch, count_pack
 from rxt_dist.data.format import ConversationTokens, Kind, ShardWriter, token_dtype
+from rxt_dist.data.index import write_split_indices
 from rxt_dist.data.lanes import LaneSchedule, LaneState
 from rxt_dist.data.loader import TextLoader
-from rxt_dist.data.manifest import Manifest, ShardInfo, SplitCounts, fingerprint_of, write_manifest
+from rxt_dist.data.manifest import (
+    FORMAT_VERSION,
+    Manifest,
+    ShardInfo,
+    SplitCounts,
+    fingerprint_of,
+    write_manifest,
+)
 from rxt_dist.data.mixing import MixCursor
 from rxt_dist.data.order import PackCursor, PackStream
 from rxt_dist.data.pieces import InteractionPieces, TextPieces
@@ -103,7 +111,7 @@ def finish_dataset(
         totals = {name: sum(getattr(shard, name) for shard in here) for name in names}
         counts[split] = SplitCounts(truncated=0, **totals)
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         dataset_id="benchmark",
         kind=kind,
         created_by="benchmarks.data",
@@ -116,6 +124,7 @@ def finish_dataset(
         source=[],
         counts=counts,
         shards=shards,
+        split_indices=write_split_indices(folder, shards),
         fingerprint="0" * 64,
     )
     write_manifest(folder, manifest.model_copy(update={"fingerprint": fingerprint_of(manifest)}))
