@@ -183,13 +183,17 @@ def bench_order(pieces: int, repeats: int) -> float:
     return pieces / min(seconds(epoch) for _ in range(repeats))
 
 
-def bench_lanes(conversations: int, lanes: int, repeats: int) -> float:
-    """Conversations a second of the lane schedule, in windows of 4 positions; 1..9 interactions each."""
+def bench_lanes(conversations: int, lanes: int, repeats: int, weights: Sequence[int] = (1,)) -> float:
+    """Conversations a second of the lane schedule, in windows of 4 positions, of 1..9
+    interactions each, in as many datasets of one size as there are ``weights``."""
     counts = np.random.default_rng(0).integers(1, 10, conversations)
+    windows = int(counts.sum()) // (4 * lanes)
+    sizes = [len(part) for part in np.array_split(counts, len(weights))]
 
     def epoch() -> None:
-        schedule, state = LaneSchedule(counts, key=1, lanes=lanes), LaneState.initial(lanes)
-        while state.epoch == 0:
+        schedule = LaneSchedule(counts, key=1, lanes=lanes, sizes=sizes, weights=weights)
+        state = LaneState.initial(lanes, len(weights))
+        for _ in range(windows):
             _, state = schedule.next_window(state, 4)
 
     return conversations / min(seconds(epoch) for _ in range(repeats))
@@ -372,10 +376,11 @@ def main() -> None:
         for name, source in sources:
             for work, rate in bench_source(source, arguments.pack_tokens, arguments.repeats):
                 print(f"{name:28}{work:30}{rate / 1e6:>8.1f} M tokens/s")
-    for lanes in (64, 1024):
-        rate = bench_lanes(arguments.pieces // 4, lanes, arguments.repeats)
+    for lanes, weights in ((64, (1,)), (1024, (1,)), (64, (5, 3, 2)), (1024, (5, 3, 2))):
+        rate = bench_lanes(arguments.pieces // 4, lanes, arguments.repeats, weights)
         name = f"{arguments.pieces // 4:,} conversations"
-        print(f"{name:28}{f'schedule of {lanes} lanes':30}{rate / 1e6:>8.1f} M conversations/s")
+        work = f"{lanes} lanes" if len(weights) == 1 else f"{lanes} lanes, {len(weights)} datasets"
+        print(f"{name:28}{work:30}{rate / 1e6:>8.1f} M conversations/s")
     rate = bench_order(arguments.pieces, arguments.repeats)
     print(
         f"{f'{arguments.pieces:,} pieces':28}{'order and packs of an epoch':30}{rate / 1e6:>8.1f} M pieces/s"
