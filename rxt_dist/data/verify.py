@@ -163,6 +163,8 @@ def _split_index_problems(folder: Path, manifest: Manifest, split: Split, info: 
     try:
         file = IndexFile.read(path, info.sha256)
         found = join_indices([file], file.header.kind, file.header.dtype)
+        if path.stat().st_size != info.bytes:
+            raise DataError(f"{path} has {path.stat().st_size} bytes, the manifest says {info.bytes}")
     except DataError as error:
         return [str(error)]
     try:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,16 @@ def split_index(dataset: Path, split: str = "train") -> Path:
     return dataset / split / f"rxt-{split}.idx"
 
 
+def respell(path: Path) -> None:
+    """The same content with a space at the end of the header, and a correct checksum."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[12:16], "little")
+    header = (size + 1).to_bytes(4, "little") + content[16 : 16 + size] + b" "
+    changed = content[:12] + header + content[16 + size : -4]
+    path.write_bytes(changed + zlib.crc32(changed).to_bytes(4, "little"))
+    assert len(ShardIndex.read(path).document_tokens) == 36
+
+
 def adopt(dataset: Path, other: Path) -> None:
     """Make a sound index of something else that of the training split, in the manifest too."""
     content = other.read_bytes()
@@ -192,6 +203,9 @@ MATRIX: list[tuple[str, Damage, bool, str]] = [
     ("index of the split of another dataset",
      lambda d: shutil.copy(split_index(make_dataset(d.parent / "other", seed=1)), split_index(d)), ALWAYS,
      SPLIT_INDEX),
+    ("index of the split in another spelling", lambda d: respell(split_index(d)), ALWAYS, SPLIT_INDEX),
+    ("other size of the index of the split",
+     lambda d: rewrite(d, lambda m: m["split_indices"]["train"].update(bytes=7)), ALWAYS, SPLIT_INDEX),
     ("another index of the split in the manifest", lambda d: adopt(d, split_index(d, "val")), ALWAYS,
      f"{SPLIT_INDEX}: it is not the index of the shards of train"),
     ("unlisted shard", lambda d: shutil.copy(shard(d), shard(d, 3)), ALWAYS, "000003.tar is not in"),
