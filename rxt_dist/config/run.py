@@ -371,8 +371,8 @@ class RuntimeConfig(Section):
     the STM between the interactions of a window."""
     collective_timeout_seconds: int = Field(1800, ge=1)
     """Seconds after which a hung collective operation ends the run."""
-    data_prefetch_steps: int = Field(2, ge=1)
-    """Optimizer steps that the loader prepares ahead."""
+    data_prefetch_steps: int = Field(2, ge=0)
+    """Optimizer steps that a thread prepares ahead; 0: no thread, each is prepared when it is needed."""
 
 
 class RunConfig(Section):

@@ -178,13 +178,21 @@ def test_resume_at_another_layout_continues_the_same_sequence(source, dp_size, d
     assert first + global_steps(source, 7 - done, dp_size=dp_size, micro_lanes=1, state=state) == expected
 
 
-@pytest.mark.parametrize("chain", [(2, 4, 1), (1, 8, 2, 4), (4, 2, 8)])
-def test_a_run_that_changes_its_ranks_again_and_again_serves_one_sequence(source, chain):
+@pytest.mark.parametrize(
+    ("chain", "prefetch"),
+    [
+        ((1, 2, 4, 1), (2, 0, 1, 2)),
+        ((2, 4, 1), (0, 0, 0)),
+        ((1, 8, 2, 4), (1, 2, 0, 1)),
+        ((4, 2, 8), (2, 2, 2)),
+    ],
+)
+def test_a_run_that_changes_its_ranks_again_and_again_serves_one_sequence(source, chain, prefetch):
     """Each part starts from what the one before left behind, as JSON."""
     found, state = [], None
-    for number, dp_size in enumerate(chain):
-        micro_lanes = 1 if number % 2 else None
-        found += global_steps(source, 3, dp_size=dp_size, micro_lanes=micro_lanes, state=state)
+    for number, (dp_size, prefetch_steps) in enumerate(zip(chain, prefetch, strict=True)):
+        options = {"micro_lanes": 1 if number % 2 else None, "prefetch_steps": prefetch_steps}
+        found += global_steps(source, 3, dp_size=dp_size, state=state, **options)
         state = LaneState.from_dict(json.loads(json.dumps(found[-1][3])))
     assert found == global_steps(source, 3 * len(chain))
 
