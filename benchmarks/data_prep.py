@@ -32,6 +32,7 @@ from data_prep.synth import SynthOptions, write_corpus
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.work import WorkFolder
 from rxt_dist.data.format import ConversationTokens, Kind, ShardWriter, token_dtype
+from rxt_dist.data.index import write_split_indices
 
 VOCAB = 32_000
 
@@ -120,7 +121,7 @@ def build_speed(kind: Kind, source: Path, tokenizer: Path, folder: Path, workers
 def overhead(
     folder: Path, name: str, items: Sequence[np.ndarray | ConversationTokens]
 ) -> tuple[float, float]:
-    """Bytes of the tar, and of tar and index, for each byte of tokens."""
+    """Bytes of the tar, and of tar and both indices, for each byte of tokens."""
     target = folder / name / "train"
     target.mkdir(parents=True)
     kind: Kind = "text" if isinstance(items[0], np.ndarray) else "conversations"
@@ -129,8 +130,9 @@ def overhead(
             writer.add(item)
         info = writer.close()
     payload = info.tokens * token_dtype(VOCAB).itemsize
-    index = info.index_path_in(folder / name).stat().st_size
-    return info.bytes / payload, (info.bytes + index) / payload
+    split = write_split_indices(folder / name, [info])["train"]
+    indices = info.index_path_in(folder / name).stat().st_size + split.bytes
+    return info.bytes / payload, (info.bytes + indices) / payload
 
 
 def size_rows(folder: Path) -> None:
@@ -139,7 +141,7 @@ def size_rows(folder: Path) -> None:
     for length in (1024, 512, 128):
         items = [rng.integers(7, VOCAB, length) for _ in range(2_000_000 // length)]
         tar, both = overhead(folder, f"text-{length}", items)
-        row(f"documents of {length} tokens: tar / payload, with index", f"{tar:.3f}, {both:.3f}")
+        row(f"documents of {length} tokens: tar / payload, with indices", f"{tar:.3f}, {both:.3f}")
     for interactions in (1, 2, 3):
         lengths = np.full(2 * interactions, 50 // (2 * interactions))
         talks = [

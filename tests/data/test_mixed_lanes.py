@@ -281,6 +281,26 @@ def test_state_that_the_stream_does_not_give_is_refused(change, message):
         schedule_of(ONE, 2).next_window(LaneState.from_dict(state | change(state)), 1)
 
 
+def test_a_conversation_of_a_past_epoch_must_be_of_its_dataset():
+    """Which one it was is not looked up: that would take the permutation of that epoch."""
+    datasets = [([9, 1, 1], 1), ([9, 9, 9], 1)]
+    _, states = run(datasets, 2, [1] * 60)
+    found = 0
+    for state in states:
+        plain = state.to_dict()
+        for lane, (conversation, epoch) in enumerate(
+            zip(plain["conversations"], plain["epochs"], strict=True)
+        ):
+            if conversation == 0 and epoch < state.places[0].epoch:
+                schedule_of(datasets, 2).next_window(LaneState.from_dict(plain), 1)
+                other = [4 if number == lane else c for number, c in enumerate(plain["conversations"])]
+                changed = LaneState.from_dict(plain | {"conversations": other})
+                with pytest.raises(DataError, match="not those of this dataset"):
+                    schedule_of(datasets, 2).next_window(changed, 1)
+                found += 1
+    assert found
+
+
 def test_state_of_other_weights_or_another_seed_is_refused():
     _, states = run([([9] * 20, 1), ([9] * 20, 2)], 5, [12])
     for datasets, key in (([([9] * 20, 2), ([9] * 20, 1)], KEY), ([([9] * 20, 1), ([9] * 20, 2)], KEY + 1)):
