@@ -188,7 +188,7 @@ def open_feed(
         )
     assert isinstance(source, InteractionPieces | MixedConversations)
     assert config.batch.lanes is not None
-    _report_shares(source)
+    report_shares(source)
     for part in conversation_datasets(source)[0]:
         _report_prompts(part, stage)
     share = config.batch.lanes // world.dp_size
@@ -264,7 +264,7 @@ def _corrupt_blocks(value: Any) -> list[BlockId]:
     return [(dataset, block) for dataset, block in pairs]
 
 
-def _report_shares(source: Conversations) -> None:
+def report_shares(source: Conversations) -> None:
     """Say what the weights of several datasets, which count conversations, are in interactions."""
     parts, weights = conversation_datasets(source)
     if len(parts) == 1:
