@@ -77,7 +77,7 @@ def tokens_per_second(kind: Kind, source: Path, tokenizer: Path, repeats: int) -
 
 
 def writing_speed(kind: Kind, source: Path, tokenizer: Path, folder: Path) -> float:
-    """Million tokens a second of the single process that plans and writes the shards."""
+    """Million tokens a CPU second of the single process that plans and writes the shards."""
     options = ShardOptions(kind=kind, inputs=[source], tokenizer=tokenizer, output=folder / "written")
     sources = resolve_inputs([source])
     with WorkFolder(options.output, options.identity(), sources) as work:
@@ -90,7 +90,7 @@ def writing_speed(kind: Kind, source: Path, tokenizer: Path, folder: Path) -> fl
             write_part(encoder, raw, paths[-1])
         work.dataset.mkdir()
         dtype = token_dtype(VOCAB)
-        start = time.perf_counter()
+        start = time.process_time()
         plan = make_plan(paths, 1, 0.0, False)
         with SplitWriter(work.dataset, "train", kind, dtype) as writer:
             for path in paths:
@@ -98,7 +98,7 @@ def writing_speed(kind: Kind, source: Path, tokenizer: Path, folder: Path) -> fl
                     block = part.block(kind, dtype)
                 assert block is not None
                 writer.add(block)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         return int(plan.sources.tokens[0]) / seconds / 1e6
 
 
@@ -188,7 +188,7 @@ def main() -> None:
             row(f"{name}: parsing and tokenising", f"{rate:.2f} M tokens/CPU s")
             row(f"{name}: reading", f"{reading:.0f} MB/CPU s")
         for name, kind, source in corpora[:2]:
-            row(f"{name}: writing", f"{writing_speed(kind, source, tokenizer, folder):.1f} M tokens/s")
+            row(f"{name}: writing", f"{writing_speed(kind, source, tokenizer, folder):.1f} M tokens/CPU s")
         for workers in arguments.workers:
             rate = build_speed("text", stories, tokenizer, folder, workers)
             row(f"stories: whole build, {workers} workers", f"{rate:.2f} M tokens/s")

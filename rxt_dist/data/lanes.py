@@ -20,13 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from rxt_dist.data.order import Int64Array
-from rxt_dist.data.stream import ConversationStream, Places, StreamPlace
+from rxt_dist.data.stream import ConversationStream
 from rxt_dist.errors import DataError
 
 BoolArray = npt.NDArray[np.bool_]
 
 _NONE = -1  # the conversation and interaction of a lane that has had none
 _LANE_ENTRIES = ("epochs", "conversations", "visits", "served")
+_PLACE_ENTRIES = ("epoch", "place")
 _CELLS_AHEAD = 1 << 17  # lanes x positions that are planned at once; small datasets: at most an epoch
 
 
@@ -78,13 +79,13 @@ class LaneState(_Cells):
     The arrays are [G]; before its first conversation a lane has conversation and interaction -1.
     """
 
-    places: Places
-    """What has been taken of each dataset."""
+    places: Int64Array
+    """[datasets, 2] epoch of each dataset, and how many conversations have been taken of it."""
 
     @property
     def epoch(self) -> int:
         """The latest epoch of any dataset."""
-        return max(at.epoch for at in self.places)
+        return max(self.places[:, 0].tolist())
 
     @property
     def served(self) -> Int64Array:
@@ -95,12 +96,13 @@ class LaneState(_Cells):
     def initial(cls, lanes: int, datasets: int = 1, epoch: int = 0) -> LaneState:
         """The state before the first position of ``epoch`` of each dataset: every lane free."""
         row = np.array([[0], [_NONE], [0], [_NONE]])
-        return cls(np.repeat(row, lanes, axis=1), (StreamPlace(epoch),) * datasets)
+        return cls(np.repeat(row, lanes, axis=1), np.array([[epoch, 0]] * datasets))
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for a checkpoint."""
         lists = {name: getattr(self, name).tolist() for name in _LANE_ENTRIES}
-        return {"datasets": [at.to_dict() for at in self.places], **lists}
+        places = [dict(zip(_PLACE_ENTRIES, place, strict=True)) for place in self.places.tolist()]
+        return {"datasets": places, **lists}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, object]) -> LaneState:
@@ -108,9 +110,7 @@ class LaneState(_Cells):
         valid_names = sorted(("datasets", *_LANE_ENTRIES))
         if sorted(state) != valid_names:
             raise DataError(f"lane state: found the entries {sorted(state)}, valid are {valid_names}")
-        places = state["datasets"]
-        if not isinstance(places, list) or not places or not all(isinstance(at, Mapping) for at in places):
-            raise DataError(f"lane state: found datasets {places!r}, valid is a list of places")
+        places = _places(state["datasets"])
         for name in _LANE_ENTRIES:
             lowest, numbers = _NONE if name == "conversations" else 0, state[name]
             if not isinstance(numbers, list) or any(type(v) is not int or v < lowest for v in numbers):
@@ -121,7 +121,20 @@ class LaneState(_Cells):
             raise DataError(f"lane state: found lists of the lengths {lengths}, valid is one entry a lane")
         cells = np.array(lists, dtype=np.int64)
         cells[3] -= 1
-        return cls(cells, tuple(StreamPlace.from_dict(at) for at in places))
+        return cls(cells, places)
+
+
+def _places(value: object) -> Int64Array:
+    """The entry "datasets" of a state: int64 [datasets, 2]. Raises DataError if it is malformed."""
+    valid = f"a list with integers >= 0 {' and '.join(_PLACE_ENTRIES)} for each dataset"
+    if not isinstance(value, list) or not value:
+        raise DataError(f"lane state: found datasets {value!r}, valid is {valid}")
+    for place in value:
+        entries = dict(place) if isinstance(place, Mapping) else {}
+        whole = set(entries) == set(_PLACE_ENTRIES)
+        if not whole or any(type(number) is not int or number < 0 for number in entries.values()):
+            raise DataError(f"lane state: found the place {place!r} in datasets, valid is {valid}")
+    return np.array([[place[name] for name in _PLACE_ENTRIES] for place in value], dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +152,8 @@ class _Plan:
 
     def window(self, start: int, stop: int) -> tuple[LaneWindow, LaneState]:
         """Positions ``start`` to ``stop``, and the state after them."""
-        places = tuple(StreamPlace(epoch, place) for epoch, place in self.places[stop].tolist())
-        return LaneWindow(self.cells[:, :, start:stop]), LaneState(self.cells[:, :, stop - 1], places)
+        state = LaneState(self.cells[:, :, stop - 1], self.places[stop])
+        return LaneWindow(self.cells[:, :, start:stop]), state
 
 
 class LaneSchedule:
@@ -217,7 +230,7 @@ class LaneSchedule:
         return _Plan(cells, self._stream.places(first_visit + np.array(begun), state.places))
 
     def _turns(
-        self, left: Int64Array, places: Places, positions: int
+        self, left: Int64Array, places: Int64Array, positions: int
     ) -> tuple[Int64Array, Int64Array, list[int]]:
         """Which lane takes which conversation of the stream from ``places`` on.
 
@@ -254,11 +267,10 @@ class LaneSchedule:
         found = state.cells.shape[1]
         if found != self._lanes:
             raise DataError(f"lane state: it has {found} lanes, this run has {self._lanes}")
-        sizes, total = np.diff(self._stream.starts).tolist(), len(self._counts)
+        sizes, total = np.diff(self._stream.starts), len(self._counts)
         if len(state.places) != len(sizes):
             raise DataError(f"lane state: it is of {len(state.places)} datasets, this stage has {len(sizes)}")
-        ended = any(at.place >= size for at, size in zip(state.places, sizes, strict=True))
-        if ended or int(state.conversations.max()) >= total:
+        if (state.places[:, 1] >= sizes).any() or int(state.conversations.max()) >= total:
             raise DataError(f"lane state: it is of another dataset, this one has {total} conversations")
         beyond = state.served > np.where(state.conversations < 0, 0, self._counts[state.conversations])
         if beyond.any():
@@ -275,9 +287,9 @@ class LaneSchedule:
         visits, conversations = state.visits[held], state.conversations[held]
         datasets, epochs, places = self._stream.locate(visits, state.places)
         expected = conversations.copy()
-        for dataset, at in enumerate(state.places):
-            here = (datasets == dataset) & (epochs == at.epoch)
-            permutation = self._stream.permutation(dataset, at.epoch)
+        for dataset, epoch in enumerate(state.places[:, 0].tolist()):
+            here = (datasets == dataset) & (epochs == epoch)
+            permutation = self._stream.permutation(dataset, epoch)
             expected[here] = self._stream.starts[dataset] + permutation[places[here]]
         if (
             (epochs != state.epochs[held]).any()

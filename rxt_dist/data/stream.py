@@ -6,47 +6,22 @@ own: a permutation of all its conversations, each exactly once, and then the nex
 dataset the n-th conversation of the stream (visit n) is depends on n alone, and how many of that dataset came
 before it is a sum: so any part of the stream can be computed by itself.
 
+A place in the stream is int64 [D, 2]: the epoch of each dataset, and how many of its conversations have been
+taken in it.
+
 Shape legend: D datasets, C conversations of all datasets together, n visits of one request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
 from rxt_dist.data.blocks import starts_of
 from rxt_dist.data.mixing import turns
 from rxt_dist.data.order import Int64Array, epoch_permutation
-from rxt_dist.errors import DataError
 from rxt_dist.randomness import derive_key
-
-
-@dataclass(frozen=True)
-class StreamPlace:
-    """Place in the conversations of one dataset: ``place`` of them have been taken of ``epoch``."""
-
-    epoch: int = 0
-    place: int = 0
-
-    def to_dict(self) -> dict[str, int]:
-        """Plain data for a checkpoint."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, state: Mapping[str, object]) -> StreamPlace:
-        """Inverse of :meth:`to_dict`. Raises DataError for missing, unknown or negative entries."""
-        values = {name: state.get(name) for name in ("epoch", "place")}
-        if set(state) != set(values) or any(type(v) is not int or v < 0 for v in values.values()):
-            raise DataError(
-                f"lane state: found the place {dict(state)}, valid are integers epoch >= 0 and place >= 0"
-            )
-        return cls(**values)  # type: ignore[arg-type]
-
-
-Places = tuple[StreamPlace, ...]
-"""One for each dataset."""
 
 
 class ConversationStream:
@@ -67,18 +42,16 @@ class ConversationStream:
         self._keys = [key if one else derive_key(key, "dataset", d) for d in range(len(sizes))]
         self._permuted: dict[int, tuple[int, Int64Array]] = {}
 
-    def visit(self, places: Places) -> int:
+    def visit(self, places: Int64Array) -> int:
         """Number in the stream of the conversation that is taken at ``places``."""
-        pairs = zip(places, self._sizes.tolist(), strict=True)
-        return sum(at.epoch * size + at.place for at, size in pairs)
+        return int(self._taken(places).sum())
 
-    def places(self, visits: Int64Array, known: Places) -> Int64Array:
-        """Epoch and place of each dataset before each of ``visits``: int64 [n, D, 2]. ``known``: the places
-        before any visit."""
+    def places(self, visits: Int64Array, known: Int64Array) -> Int64Array:
+        """Places before each of ``visits``: int64 [n, D, 2]. ``known``: those before any visit."""
         numbers = self._first(known) + self._before(visits)
         return np.stack(np.divmod(numbers, self._sizes), axis=-1)
 
-    def locate(self, visits: Int64Array, known: Places) -> tuple[Int64Array, Int64Array, Int64Array]:
+    def locate(self, visits: Int64Array, known: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
         """Dataset, epoch and place in the permutation of ``visits``: int64 [n] each. ``known``: the places
         before any visit. Negative epochs are before the beginning of a dataset."""
         cycles, turn = np.divmod(visits, len(self._cycle))
@@ -86,7 +59,7 @@ class ConversationStream:
         before = cycles * self._dealt[-1, datasets] + self._dealt[turn, datasets]
         return datasets, *np.divmod(self._first(known)[datasets] + before, self._sizes[datasets])
 
-    def conversations(self, visit: int, count: int, known: Places) -> Int64Array:
+    def conversations(self, visit: int, count: int, known: Int64Array) -> Int64Array:
         """Conversations of ``count`` visits from ``visit`` on, numbered over all datasets: int64 [n]."""
         datasets, epochs, places = self.locate(np.arange(visit, visit + count), known)
         found = np.empty(count, dtype=np.int64)
@@ -112,9 +85,14 @@ class ConversationStream:
         before: Int64Array = cycles[:, None] * self._dealt[-1] + self._dealt[turn]
         return before
 
-    def _first(self, known: Places) -> Int64Array:
+    def _taken(self, places: Int64Array) -> Int64Array:
+        """Conversations of each dataset that have been taken: int64 [D]."""
+        taken: Int64Array = places[:, 0] * self._sizes + places[:, 1]
+        return taken
+
+    def _first(self, known: Int64Array) -> Int64Array:
         """What to add to the turns of each dataset to get the number of its conversation: int64 [D]. Not 0
         where the stream began in the middle of a cycle, or at a later epoch than the first."""
-        taken = [at.epoch * size + at.place for at, size in zip(known, self._sizes.tolist(), strict=True)]
-        before: Int64Array = self._before(np.array([sum(taken)]))[0]
-        return np.array(taken) - before
+        taken = self._taken(known)
+        before: Int64Array = self._before(taken.sum(keepdims=True))[0]
+        return taken - before
