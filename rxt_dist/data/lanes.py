@@ -85,7 +85,8 @@ class LaneState(_Cells):
     @property
     def epoch(self) -> int:
         """The latest epoch of any dataset."""
-        return max(self.places[:, 0].tolist())
+        latest: int = max(self.places[:, 0].tolist())
+        return latest
 
     @property
     def served(self) -> Int64Array:
