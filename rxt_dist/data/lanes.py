@@ -228,7 +228,9 @@ class LaneSchedule:
         cells = np.repeat(runs[:, order], lengths[order], axis=1).reshape(4, lanes, positions)
         cells[3] += np.arange(positions)
         cells.flags.writeable = False
-        return _Plan(cells, self._stream.places(first_visit + np.array(begun), state.places))
+        places = self._stream.places(first_visit + np.array(begun), state.places)
+        places.flags.writeable = False
+        return _Plan(cells, places)
 
     def _turns(
         self, left: Int64Array, places: Int64Array, positions: int

@@ -216,9 +216,10 @@ def test_an_epoch_is_permuted_once_and_planned_in_bounded_pieces(monkeypatch):
 
 def test_windows_cannot_be_changed_by_who_reads_them():
     schedule = LaneSchedule([2, 3], key=KEY, lanes=2)
-    window, _ = schedule.next_window(LaneState.initial(2), 3)
-    with pytest.raises(ValueError, match="read-only"):
-        window.conversations[0, 0] = 1
+    window, state = schedule.next_window(LaneState.initial(2), 3)
+    for array in (window.conversations, state.conversations, state.places):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 1
 
 
 def test_visits_are_numbered_along_the_stream_without_gaps():
