@@ -5,8 +5,9 @@
     python -m benchmarks.data --start [--shards 100000]
 
 Synthetic datasets are built in a temporary folder: documents of about 1,024 tokens, conversations of 5
-interactions of about 20 tokens, and the same with about 50. Rates are the best of --repeats runs with a warm
-page cache, except "first read", which includes the check and decoding of every block.
+interactions of about 20 tokens, and the same with about 50. Rates are by seconds of CPU, the best of
+--repeats runs with a warm page cache, except "first read", which includes the check and decoding of every
+block.
 
 With --documents it measures size instead of speed: memory and start of a dataset of so many documents, whose
 shards are links to a few real ones. With --start it measures what the start of a run spends on data until the
@@ -32,9 +33,17 @@ import torch
 from rxt_dist.config import RunConfig, load_config
 from rxt_dist.data.batch import MaskPlan, build_text_batch, count_pack
 from rxt_dist.data.format import ConversationTokens, Kind, ShardWriter, token_dtype
+from rxt_dist.data.index import write_split_indices
 from rxt_dist.data.lanes import LaneSchedule, LaneState
 from rxt_dist.data.loader import TextLoader
-from rxt_dist.data.manifest import Manifest, ShardInfo, SplitCounts, fingerprint_of, write_manifest
+from rxt_dist.data.manifest import (
+    FORMAT_VERSION,
+    Manifest,
+    ShardInfo,
+    SplitCounts,
+    fingerprint_of,
+    write_manifest,
+)
 from rxt_dist.data.mixing import MixCursor
 from rxt_dist.data.order import PackCursor, PackStream
 from rxt_dist.data.pieces import InteractionPieces, TextPieces
@@ -103,7 +112,7 @@ def finish_dataset(
         totals = {name: sum(getattr(shard, name) for shard in here) for name in names}
         counts[split] = SplitCounts(truncated=0, **totals)
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         dataset_id="benchmark",
         kind=kind,
         created_by="benchmarks.data",
@@ -116,6 +125,7 @@ def finish_dataset(
         source=[],
         counts=counts,
         shards=shards,
+        split_indices=write_split_indices(folder, shards),
         fingerprint="0" * 64,
     )
     write_manifest(folder, manifest.model_copy(update={"fingerprint": fingerprint_of(manifest)}))
@@ -123,10 +133,10 @@ def finish_dataset(
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
-    start = time.perf_counter()
+    """Seconds of CPU of one call, which other work of the machine hardly changes."""
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def bench_source(
@@ -174,13 +184,17 @@ def bench_order(pieces: int, repeats: int) -> float:
     return pieces / min(seconds(epoch) for _ in range(repeats))
 
 
-def bench_lanes(conversations: int, lanes: int, repeats: int) -> float:
-    """Conversations a second of the lane schedule, in windows of 4 positions; 1..9 interactions each."""
+def bench_lanes(conversations: int, lanes: int, repeats: int, weights: Sequence[int] = (1,)) -> float:
+    """Conversations a second of the lane schedule, in windows of 4 positions, of 1..9
+    interactions each, in as many datasets of one size as there are ``weights``."""
     counts = np.random.default_rng(0).integers(1, 10, conversations)
+    windows = int(counts.sum()) // (4 * lanes)
+    sizes = [len(part) for part in np.array_split(counts, len(weights))]
 
     def epoch() -> None:
-        schedule, state = LaneSchedule(counts, key=1, lanes=lanes), LaneState.initial(lanes)
-        while state.epoch == 0:
+        schedule = LaneSchedule(counts, key=1, lanes=lanes, sizes=sizes, weights=weights)
+        state = LaneState.initial(lanes, len(weights))
+        for _ in range(windows):
             _, state = schedule.next_window(state, 4)
 
     return conversations / min(seconds(epoch) for _ in range(repeats))
@@ -363,10 +377,11 @@ def main() -> None:
         for name, source in sources:
             for work, rate in bench_source(source, arguments.pack_tokens, arguments.repeats):
                 print(f"{name:28}{work:30}{rate / 1e6:>8.1f} M tokens/s")
-    for lanes in (64, 1024):
-        rate = bench_lanes(arguments.pieces // 4, lanes, arguments.repeats)
+    for lanes, weights in ((64, (1,)), (1024, (1,)), (64, (5, 3, 2)), (1024, (5, 3, 2))):
+        rate = bench_lanes(arguments.pieces // 4, lanes, arguments.repeats, weights)
         name = f"{arguments.pieces // 4:,} conversations"
-        print(f"{name:28}{f'schedule of {lanes} lanes':30}{rate / 1e6:>8.1f} M conversations/s")
+        work = f"{lanes} lanes" if len(weights) == 1 else f"{lanes} lanes, {len(weights)} datasets"
+        print(f"{name:28}{work:30}{rate / 1e6:>8.1f} M conversations/s")
     rate = bench_order(arguments.pieces, arguments.repeats)
     print(
         f"{f'{arguments.pieces:,} pieces':28}{'order and packs of an epoch':30}{rate / 1e6:>8.1f} M pieces/s"

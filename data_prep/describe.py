@@ -10,6 +10,7 @@ from rxt_dist.data.manifest import (
     FORMAT_VERSION,
     SPLITS,
     Filters,
+    IndexInfo,
     Kind,
     Manifest,
     ShardInfo,
@@ -32,6 +33,7 @@ def make_manifest(
     val_fraction: float,
     source: list[SourceInfo],
     shards: list[ShardInfo],
+    split_indices: dict[Split, IndexInfo],
     truncated: Mapping[Split, int],
     pieces: Mapping[Split, int],
 ) -> Manifest:
@@ -44,6 +46,7 @@ def make_manifest(
         special_tokens=special_tokens,
         tokenizer_sha256=tokenizer_sha256,
         shards=shards,
+        split_indices=split_indices,
     )
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -62,6 +65,7 @@ def make_manifest(
         source=source,
         counts={s: _split_counts(shards, s, truncated=truncated[s], pieces=pieces[s]) for s in SPLITS},
         shards=shards,
+        split_indices=split_indices,
         fingerprint=fingerprint,
     )
 

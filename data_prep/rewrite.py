@@ -15,11 +15,13 @@ from data_prep.split_writer import DEFAULT_SHARD_BYTES, MIN_SHARD_BYTES, SplitWr
 from rxt_dist.data.blocks import Block
 from rxt_dist.data.cutter import BLOCK_DOCUMENTS
 from rxt_dist.data.format import ShardIndex, read_block, token_dtype
+from rxt_dist.data.index import write_split_indices
 from rxt_dist.data.manifest import (
     SPLITS,
     TOKENIZER_FOLDER,
     DropReason,
     Filters,
+    IndexInfo,
     Manifest,
     ShardInfo,
     Split,
@@ -76,7 +78,7 @@ def rewrite_datasets(
         shutil.copyfile(
             folders[0] / TOKENIZER_FOLDER / TOKENIZER_FILE, target / TOKENIZER_FOLDER / TOKENIZER_FILE
         )
-        manifest = _joined_manifest(manifests, shards)
+        manifest = _joined_manifest(manifests, shards, write_split_indices(target, shards))
         write_manifest(target, manifest)
     return manifest
 
@@ -121,7 +123,9 @@ def _check_fit(folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
         )
 
 
-def _joined_manifest(manifests: Sequence[Manifest], shards: list[ShardInfo]) -> Manifest:
+def _joined_manifest(
+    manifests: Sequence[Manifest], shards: list[ShardInfo], split_indices: dict[Split, IndexInfo]
+) -> Manifest:
     first = manifests[0]
     filters = [manifest.filters for manifest in manifests]
     reasons: list[DropReason] = ["short", "long", "duplicate"]
@@ -144,6 +148,7 @@ def _joined_manifest(manifests: Sequence[Manifest], shards: list[ShardInfo]) -> 
         val_fraction=fractions.pop() if len(fractions) == 1 else documents["val"] / sum(documents.values()),
         source=[source for manifest in manifests for source in manifest.source],
         shards=shards,
+        split_indices=split_indices,
         truncated={split: sum(m.counts[split].truncated for m in manifests) for split in SPLITS},
         pieces={split: sum(m.counts[split].split for m in manifests) for split in SPLITS},
     )

@@ -31,6 +31,7 @@ from data_prep.work import WorkFolder
 from rxt_dist.data.blocks import select_documents, slice_documents
 from rxt_dist.data.cutter import BLOCK_DOCUMENTS
 from rxt_dist.data.format import Kind, token_dtype
+from rxt_dist.data.index import write_split_indices
 from rxt_dist.data.manifest import (
     SPLITS,
     TOKENIZER_FOLDER,
@@ -300,6 +301,7 @@ def _manifest(
         val_fraction=options.val_fraction,
         source=infos,
         shards=shards,
+        split_indices=write_split_indices(work.dataset, shards),
         truncated=plan.truncated,
         pieces=plan.pieces,
     )

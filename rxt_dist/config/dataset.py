@@ -27,7 +27,7 @@ TOKEN_NAMES = {
 
 
 def data_problems(config: RunConfig) -> list[Problem]:
-    """Stages whose dataset is not set or is more than they can read, by field of ``data``."""
+    """Stages whose dataset is not set, by field of ``data``."""
     problems = []
     for kind in DATA_KINDS:
         users = [f"{i} ({s.name})" for i, s in enumerate(config.stages) if STAGE_DATA[s.name] == kind]
@@ -35,11 +35,6 @@ def data_problems(config: RunConfig) -> list[Problem]:
             stages = f"stage {users[0]} needs" if len(users) == 1 else f"stages {', '.join(users)} need"
             hint = f"set it to a dataset folder, for example --set data.{kind}=FOLDER"
             problems.append(Problem(f"data.{kind}", f"not set, but {stages} it; {hint}"))
-    lanes = [f"{i} ({s.name})" for i, s in enumerate(config.stages) if s.uses_lanes]
-    count = len(config.data.datasets("conversations"))
-    if lanes and count > 1:
-        valid = f"valid for stage {lanes[0]}: one, because its lanes follow the conversations of one dataset"
-        problems.append(Problem("data.conversations", f"found {count} datasets; {valid}"))
     return problems
 
 

@@ -88,7 +88,8 @@ class MixedDataset(Section):
     path: DatasetLocation
     """Dataset folder, or URL of one."""
     weight: int = Field(1, ge=1, le=1000)
-    """Its share of the packs is `weight` divided by the sum over the list."""
+    """Its share of the packs, in the memory stages of the conversations, is `weight` divided by the sum over
+    the list."""
 
 
 Datasets = DatasetLocation | Annotated[list[MixedDataset], Field(min_length=1)] | None
@@ -100,7 +101,7 @@ class DataConfig(Section):
     text: Datasets = None
     """Dataset of documents for stage joint_lm, or a list of them as {path, weight}."""
     conversations: Datasets = None
-    """Dataset of conversations for the stages after joint_lm; a list only for interaction_sft."""
+    """Dataset of conversations for the stages after joint_lm, or a list of datasets that are mixed."""
     cache_dir: ConfigPath | None = None
     """Folder on a local disk for the shards that are fetched of URLs, which need it, and for joined indices,
     with which a run over very many shards starts faster; the processes of a host share it."""
@@ -370,8 +371,8 @@ class RuntimeConfig(Section):
     the STM between the interactions of a window."""
     collective_timeout_seconds: int = Field(1800, ge=1)
     """Seconds after which a hung collective operation ends the run."""
-    data_prefetch_steps: int = Field(2, ge=1)
-    """Optimizer steps that the loader prepares ahead."""
+    data_prefetch_steps: int = Field(2, ge=0)
+    """Optimizer steps that a thread prepares ahead; 0: no thread, each is prepared when it is needed."""
 
 
 class RunConfig(Section):

@@ -19,6 +19,7 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 
+from rxt_dist.data.blocks import starts_of
 from rxt_dist.data.cache import ShardCache, locked
 from rxt_dist.data.index import IndexFile, ShardIndex, join_indices
 from rxt_dist.data.manifest import (
@@ -26,11 +27,13 @@ from rxt_dist.data.manifest import (
     MAX_MANIFEST_BYTES,
     SPLITS,
     TOKENIZER_FOLDER,
+    IndexInfo,
     Manifest,
     ShardInfo,
     Split,
     parse_manifest,
     read_manifest,
+    split_index_name,
 )
 from rxt_dist.data.remote import UnreachableError, fetch, is_url, join_url, shown_url
 from rxt_dist.data.tokens import TOKENIZER_FILE
@@ -90,6 +93,10 @@ class DatasetFiles(ABC):
         """The index of each shard, which has the hash of the manifest. Raises DataError."""
 
     @abstractmethod
+    def _split_file(self, split: Split, info: IndexInfo) -> IndexFile:
+        """The index of the whole split, which has the hash of the manifest. Raises DataError."""
+
+    @abstractmethod
     def _size_problems(self, shards: list[ShardInfo]) -> Iterator[str]:
         """A sentence for every shard that is missing or has another size, as far as that is cheap to know."""
 
@@ -111,7 +118,7 @@ class DatasetFiles(ABC):
             with locked(path.with_suffix(".lock")):
                 if path.is_file():
                     try:
-                        return self._check_joined(ShardIndex.read(path), split)
+                        return self._cached_index(path, split)
                     except DataError as error:
                         logger.warning("%s; making it again", error)
                 index = self._joined(split, skip_corrupt)
@@ -123,22 +130,28 @@ class DatasetFiles(ABC):
     def _joined(self, split: Split, skip_corrupt: bool) -> ShardIndex:
         shards = self.manifest.shards_of(split)
         dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        indices = list(self._indices(shards))
-        for shard, index in zip(shards, indices, strict=True):
-            if index.counts != (shard.blocks, shard.documents, shard.interactions):
-                raise DataError(f"{index.name} has other counts than the manifest")
-        joined = join_indices(indices, self.manifest.kind, dtype)
+        info = self.manifest.split_indices.get(split)
+        if info is not None:
+            whole = self._split_file(split, info)
+            joined = join_indices([whole], self.manifest.kind, dtype)
+            _check_counts(joined, shards, whole.name)
+        else:
+            indices = list(self._indices(shards))
+            for shard, index in zip(shards, indices, strict=True):
+                if index.counts != (shard.blocks, shard.documents, shard.interactions):
+                    raise DataError(f"{index.name} has other counts than the manifest")
+            joined = join_indices(indices, self.manifest.kind, dtype)
         for problem in self._size_problems(shards):
             if not skip_corrupt:
                 raise DataError(problem)
             logger.warning("%s", problem)
         return joined
 
-    def _check_joined(self, index: ShardIndex, split: Split) -> ShardIndex:
-        shards = self.manifest.shards_of(split)
-        expected = (sum(shard.blocks for shard in shards), sum(shard.documents for shard in shards))
-        if (len(index.blocks), len(index.document_tokens)) != expected or index.kind != self.manifest.kind:
-            raise DataError(f"{self._cached} holds the index of another split than {split}")
+    def _cached_index(self, path: Path, split: Split) -> ShardIndex:
+        index = ShardIndex.read(path)
+        if index.kind != self.manifest.kind:
+            raise DataError(f"{path} is an index of {index.kind}, not of this dataset")
+        _check_counts(index, self.manifest.shards_of(split), str(path))
         return index
 
 
@@ -178,6 +191,9 @@ class LocalFiles(DatasetFiles):
     def _indices(self, shards: list[ShardInfo]) -> Iterator[IndexFile]:
         for shard in shards:
             yield IndexFile.read(_index_path(self.shard_name(shard)), shard.idx_sha256)
+
+    def _split_file(self, split: Split, info: IndexInfo) -> IndexFile:
+        return IndexFile.read(self._folder / split / split_index_name(split), info.sha256)
 
     def _size_problems(self, shards: list[ShardInfo]) -> Iterator[str]:
         for shard in shards:
@@ -267,6 +283,11 @@ class RemoteFiles(DatasetFiles):
 
         return in_parallel(read, shards)
 
+    def _split_file(self, split: Split, info: IndexInfo) -> IndexFile:
+        url = join_url(self._url, f"{split}/{split_index_name(split)}")
+        data = _fetched(url, sha256=info.sha256, largest=info.bytes)
+        return IndexFile(data, shown_url(url), info.sha256)
+
     def _size_problems(self, shards: list[ShardInfo]) -> Iterator[str]:
         return iter(())  # shards are compared when they are fetched
 
@@ -302,6 +323,20 @@ def _key(place: str, manifest: bytes) -> str:
 def _is_known(cached: Path | None) -> bool:
     """Whether the manifest that this folder of the cache is named after has been checked before."""
     return cached is not None and any((cached / f"{split}.idx").is_file() for split in SPLITS)
+
+
+def _check_counts(index: ShardIndex, shards: list[ShardInfo], name: str) -> None:
+    """The blocks, documents and interactions of every shard are those of the manifest."""
+    blocks, documents, interactions = (
+        starts_of(np.array([getattr(shard, unit) for shard in shards], np.int64))
+        for unit in ("blocks", "documents", "interactions")
+    )
+    found = starts_of(index.blocks["documents"])
+    agree = len(index.blocks) == blocks[-1] and np.array_equal(found[blocks], documents)
+    if agree and index.interactions is not None:
+        agree = np.array_equal(starts_of(index.interactions)[documents], interactions)
+    if not agree:
+        raise DataError(f"{name} has other counts than the manifest")
 
 
 def _index_path(tar: str) -> str:

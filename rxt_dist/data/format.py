@@ -148,11 +148,10 @@ class ShardWriter:
             crcs = [_crc32(data, offset, size) for offset, size in self._spans]
             sha256, size = hashlib.sha256(data).hexdigest(), len(data)
         index = self._index(crcs)
-        index_path = self.path.with_suffix(".idx")
-        index.write(index_path)
+        idx_sha256 = index.write(self.path.with_suffix(".idx")).sha256
         self._temporary.replace(self.path)
         fsync_folder(self.path.parent)
-        return self._info(index, size, sha256, hashlib.sha256(index_path.read_bytes()).hexdigest())
+        return self._info(index, size, sha256, idx_sha256)
 
     def _index(self, crcs: list[int]) -> ShardIndex:
         lengths = [columns["document_tokens"] for columns in self._columns]

@@ -23,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rxt_dist.data.blocks import starts_of
-from rxt_dist.data.manifest import Kind
+from rxt_dist.data.manifest import IndexInfo, Kind, ShardInfo, Split, split_index_name
 from rxt_dist.errors import DataError
+from rxt_dist.files import fsync_folder
 
 UInt32Array = npt.NDArray[np.uint32]
 
@@ -64,8 +65,8 @@ class ShardIndex:
     answer_tokens: UInt32Array | None = None
     """[I], special tokens included; None for text."""
 
-    def write(self, path: Path) -> None:
-        """Write atomically (temporary file, fsync, rename)."""
+    def write(self, path: Path) -> IndexInfo:
+        """Write atomically (temporary file, fsync, rename), and return what identifies the file."""
         blocks = np.ascontiguousarray(self.blocks, BLOCK_DTYPE)
         entries: list[tuple[str, int, int]] = [("blocks", len(blocks), BLOCK_DTYPE.itemsize)]
         content = [blocks.tobytes()]
@@ -78,13 +79,17 @@ class ShardIndex:
         header = {"kind": self.kind, "dtype": self.dtype.name, "arrays": entries}
         text = json.dumps(header, separators=(",", ":")).encode()
         data = b"".join([_PREFIX.pack(_MAGIC, _VERSION, len(text)), text, *content])
+        checksum = struct.pack("<I", zlib.crc32(data))
+        digest = hashlib.sha256(data)
+        digest.update(checksum)
         temporary = path.with_name(path.name + ".tmp")
         with temporary.open("wb") as file:
             file.write(data)
-            file.write(struct.pack("<I", zlib.crc32(data)))
+            file.write(checksum)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        return IndexInfo(bytes=len(data) + len(checksum), sha256=digest.hexdigest())
 
     @classmethod
     def read(cls, path: Path | str) -> ShardIndex:
@@ -128,7 +133,8 @@ class IndexFile:
                 data = file.read(_FIRST_READ)
                 if size > len(data):
                     _parse_header(data, size)
-                    data += file.read(size - len(data))
+                while len(data) < size and (more := file.read(size - len(data))):  # 2 GiB at most at once
+                    data += more
         except OSError as error:
             raise DataError(f"{path}: cannot read the index: {error.strerror}") from error
         except DataError as error:
@@ -196,6 +202,25 @@ def join_indices(files: Sequence[IndexFile], kind: Kind, dtype: np.dtype[Any]) -
             join_indices([file], kind, dtype)
         raise
     return index
+
+
+def write_split_indices(folder: Path, shards: Sequence[ShardInfo]) -> dict[Split, IndexInfo]:
+    """Write the index of every split of the dataset ``folder`` from those of its finished ``shards``.
+
+    Raises:
+        DataError: an index of a shard is missing or damaged.
+    """
+    written: dict[Split, IndexInfo] = {}
+    for split in dict.fromkeys(shard.split for shard in shards):
+        files = [
+            IndexFile.read(shard.index_path_in(folder), shard.idx_sha256)
+            for shard in shards
+            if shard.split == split
+        ]
+        joined = join_indices(files, files[0].header.kind, files[0].header.dtype)
+        written[split] = joined.write(folder / split / split_index_name(split))
+        fsync_folder(folder / split)
+    return written
 
 
 def _conversation_tokens(columns: dict[str, UInt32Array]) -> UInt32Array:

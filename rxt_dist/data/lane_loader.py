@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from rxt_dist.data.batch import TensorRecord, piece_positions, supervised_rows
+from rxt_dist.data.conversations import Conversations, conversation_datasets
 from rxt_dist.data.lanes import BoolArray, LaneSchedule, LaneState, LaneWindow
 from rxt_dist.data.order import Int64Array
-from rxt_dist.data.pieces import BlockId, InteractionPieces
+from rxt_dist.data.pieces import BlockId
 from rxt_dist.data.prefetch import PrefetchedLoader
 from rxt_dist.errors import ConfigError
 from rxt_dist.model.layout import SequenceLayout
@@ -113,7 +114,7 @@ class LaneLoader(PrefetchedLoader[WindowStep]):
 
     def __init__(
         self,
-        source: InteractionPieces,
+        source: Conversations,
         *,
         key: int,
         lanes: int,
@@ -147,7 +148,7 @@ class LaneLoader(PrefetchedLoader[WindowStep]):
         share = lanes // dp_size
         plan = _RankPlan(
             source=source,
-            schedule=LaneSchedule(source.dataset.interactions, key=key, lanes=lanes),
+            schedule=lane_schedule(source, key=key, lanes=lanes),
             token_key=derive_key(key, "token"),
             window=window,
             micro_batches=[
@@ -160,15 +161,22 @@ class LaneLoader(PrefetchedLoader[WindowStep]):
             system_prompts=system_prompts,
             pin_memory=pin_memory and torch.cuda.is_available(),
         )
-        first = LaneState.initial(lanes) if state is None else state
+        first = LaneState.initial(lanes, len(conversation_datasets(source)[0])) if state is None else state
         super().__init__(plan.steps(first), prefetch_steps)
+
+
+def lane_schedule(source: Conversations, *, key: int, lanes: int) -> LaneSchedule:
+    """The schedule of ``lanes`` over the datasets of ``source``."""
+    parts, weights = conversation_datasets(source)
+    sizes = [len(part.interaction_counts) for part in parts]
+    return LaneSchedule(source.interaction_counts, key=key, lanes=lanes, sizes=sizes, weights=weights)
 
 
 @dataclass(frozen=True)
 class _RankPlan:
     """Everything that decides what one rank reads; the background thread holds nothing else."""
 
-    source: InteractionPieces
+    source: Conversations
     schedule: LaneSchedule
     token_key: int
     window: int
@@ -198,7 +206,7 @@ class _RankPlan:
 
     def _pieces(self, window: LaneWindow) -> Int64Array:
         """Piece of every lane and position: int64 [G, W]."""
-        return self.source.dataset.interaction_starts[window.conversations] + window.interactions
+        return self.source.interaction_starts[window.conversations] + window.interactions
 
     def _counts(self, window: LaneWindow, where: BoolArray) -> list[dict[str, int]]:
         """Counts of each position, over the lanes in which ``where`` [G, W] is set."""
@@ -241,7 +249,7 @@ class _RankPlan:
 
 
 def read_interactions(
-    source: InteractionPieces,
+    source: Conversations,
     pieces: Int64Array,
     *,
     visits: Int64Array,
@@ -264,7 +272,7 @@ def read_interactions(
     prompted = np.zeros(len(pieces), dtype=np.bool_)
     if prompts is not None:
         prompted = ~present & (source.prompt_kept[prompts] > 0)
-        prompted[prompted] = ~source.dataset.lost(prompts[prompted])
+        prompted[prompted] = ~source.lost_conversations(prompts[prompted])
     present = present.copy()
     present[present] = ~source.lost(pieces[present])
     spoken = pieces[present]

@@ -1,7 +1,8 @@
 """The manifest of a dataset: what it holds, and the fingerprint that identifies it.
 
 A dataset folder is ``manifest.json`` (written last), ``tokenizer/tokenizer.json`` and, for every shard,
-``<split>/<name>`` with its index ``<split>/<name without .tar>.idx``.
+``<split>/<name>`` with its index ``<split>/<name without .tar>.idx``. The indices of all shards of a split
+are in ``<split>/rxt-<split>.idx`` once more, so that a reader opens one file and not thousands.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,7 +20,10 @@ from rxt_dist.files import fsync_folder, write_synced
 
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_VERSION_OF_SHARD_INDICES = 1
+"""Had no split indices."""
+_READABLE = (_VERSION_OF_SHARD_INDICES, FORMAT_VERSION)
 MAX_MANIFEST_BYTES = 256 << 20
 
 Kind = Literal["text", "conversations"]
@@ -61,6 +65,13 @@ class ShardInfo(_Record):
     def index_path_in(self, dataset: Path) -> Path:
         """Path of the index in the dataset folder ``dataset``."""
         return self.path_in(dataset).with_suffix(".idx")
+
+
+class IndexInfo(_Record):
+    """An index on the disk."""
+
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=_SHA256)
 
 
 class SourceInfo(_Record):
@@ -124,6 +135,8 @@ class Manifest(_Record):
     source: list[SourceInfo]
     counts: dict[Split, SplitCounts]
     shards: list[ShardInfo]
+    split_indices: dict[Split, IndexInfo] = Field(default_factory=dict)
+    """The split index of every split that has shards; none in a dataset of format version 1."""
     fingerprint: str = Field(pattern=_SHA256)
 
     def shards_of(self, split: Split) -> list[ShardInfo]:
@@ -139,16 +152,19 @@ def compute_fingerprint(
     special_tokens: Mapping[str, int],
     tokenizer_sha256: str,
     shards: Sequence[ShardInfo],
+    split_indices: Mapping[Split, IndexInfo],
 ) -> str:
     """SHA-256 over the canonical JSON of all that determines what a reader delivers."""
-    content = {
+    content: dict[str, Any] = {
         "kind": kind,
         "dtype": dtype,
         "vocab_size": vocab_size,
         "special_tokens": dict(special_tokens),
         "tokenizer_sha256": tokenizer_sha256,
-        "shards": [shard.model_dump() for shard in shards],
+        "shards": [vars(shard) for shard in shards],  # there may be 100,000, and copies take time
     }
+    if split_indices:
+        content["split_indices"] = {split: vars(info) for split, info in split_indices.items()}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -162,7 +178,13 @@ def fingerprint_of(manifest: Manifest) -> str:
         special_tokens=manifest.special_tokens,
         tokenizer_sha256=manifest.tokenizer_sha256,
         shards=manifest.shards,
+        split_indices=manifest.split_indices,
     )
+
+
+def split_index_name(split: Split) -> str:
+    """File name of the index of a whole split, in the folder of the split."""
+    return f"rxt-{split}.idx"
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -198,8 +220,12 @@ def parse_manifest(data: bytes, name: str, *, known: bool = False) -> Manifest:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
         raise DataError(_problem(data, name, error)) from error
-    if manifest.format_version != FORMAT_VERSION:
+    if manifest.format_version not in _READABLE:
         raise DataError(_other_version(name, manifest.format_version))
+    has_indices = manifest.format_version != _VERSION_OF_SHARD_INDICES
+    expected = {shard.split for shard in manifest.shards} if has_indices else set()
+    if set(manifest.split_indices) != expected:
+        raise DataError(f"{name} is damaged: split_indices are not those of the splits that have shards")
     if not known and manifest.fingerprint != fingerprint_of(manifest):
         raise DataError(f"{name} is damaged: its fingerprint does not match its content")
     return manifest
@@ -212,7 +238,7 @@ def _problem(data: bytes, name: str, error: ValidationError) -> str:
     except (ValueError, RecursionError) as malformed:
         return f"{name} is damaged: not JSON ({malformed})"
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in _READABLE:
         return _other_version(name, version)
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
@@ -220,7 +246,8 @@ def _problem(data: bytes, name: str, error: ValidationError) -> str:
 
 
 def _other_version(name: str, version: object) -> str:
-    return f"{name} has format_version {version!r}; this version of rxt-dist reads {FORMAT_VERSION}"
+    valid = " and ".join(str(readable) for readable in _READABLE)
+    return f"{name} has format_version {version!r}; this version of rxt-dist reads {valid}"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -1,9 +1,9 @@
-"""Several datasets in one stage: which pack comes from which.
+"""Several datasets in one stage: their pieces as one source, and which pack comes from which.
 
 Every pack holds pieces of one dataset. The datasets take turns in a fixed cycle in which each of them has as
 many packs as its weight says: the shares of the packs are exact over a cycle, and those of the tokens but for
 the fill of the packs. Each dataset has an order and epochs of its own: all its pieces, each exactly once, and
-then the next permutation.
+then the next permutation. (How lanes take conversations of several datasets: :mod:`rxt_dist.data.stream`.)
 
 Shape legend: P pieces of all datasets together, n pieces of one read, N tokens of one read.
 """
@@ -12,24 +12,30 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from rxt_dist.data.blocks import starts_of
 from rxt_dist.data.order import Int64Array, Pack, PackCursor, PackStream, packs_in_index_order
 from rxt_dist.data.pieces import BlockId, Int32Array, InteractionPieces, Piece, PieceSource, TextPieces
 from rxt_dist.data.reader import BoolArray
 from rxt_dist.errors import DataError
 from rxt_dist.randomness import derive_key
 
+PartT = TypeVar("PartT", bound=PieceSource)
+NumberT = TypeVar("NumberT", bound=np.generic)
+
 
 class MixedPieces:
     """The pieces of several datasets, numbered one dataset after the other: a piece source."""
 
     def __init__(self, parts: Sequence[TextPieces | InteractionPieces], weights: Sequence[int]) -> None:
-        """``weights``: packs of each dataset in a cycle, at least 1 (common factors do not matter).
+        """``weights``: packs (in lanes: conversations) of each dataset in a cycle, at least 1; common factors
+        do not matter.
 
         The arrays of the parts become views of the joined ones.
 
@@ -43,14 +49,12 @@ class MixedPieces:
                     f"{part.dataset.name} was not made with the tokenizer of {first.name}; datasets that "
                     "are mixed must share one"
                 )
-        self.parts = list(parts)
+        self.parts: Sequence[TextPieces | InteractionPieces] = list(parts)
         self.weights = list(weights)
-        self.lengths: Int32Array = np.concatenate([part.lengths for part in parts])
-        self.supervised: Int32Array = np.concatenate([part.supervised for part in parts])
-        self.starts = np.cumsum([0, *(len(part.lengths) for part in parts)])
+        self.lengths: Int32Array = joined_views(parts, "lengths")
+        self.supervised: Int32Array = joined_views(parts, "supervised")
+        self.starts = starts_of([len(part.lengths) for part in parts])
         """int64 [parts + 1] number of the first piece of each dataset; ends with P."""
-        for part, start, stop in zip(self.parts, self.starts[:-1], self.starts[1:], strict=True):
-            part.lengths, part.supervised = self.lengths[start:stop], self.supervised[start:stop]
 
     @property
     def fingerprint(self) -> str:
@@ -61,12 +65,7 @@ class MixedPieces:
 
     def read_tokens(self, pieces: Int64Array) -> Int64Array:
         """Tokens of several pieces one after the other: int64 [N]. Raises DataError on damage."""
-        # A pack holds pieces of one dataset, so the runs are few and long.
-        part_of = np.searchsorted(self.starts, pieces, side="right") - 1
-        cuts = np.flatnonzero(np.diff(part_of)) + 1
-        runs = zip(np.split(pieces, cuts), part_of[[0, *cuts]] if len(pieces) else [], strict=False)
-        read = [self.parts[part].read_tokens(run - self.starts[part]) for run, part in runs]
-        return np.concatenate([np.zeros(0, dtype=np.int64), *read])
+        return gather(_read_tokens, self.parts, self.starts, pieces, self.lengths[pieces])
 
     def read(self, piece: int) -> Piece:
         """One piece. Raises DataError on damage."""
@@ -76,9 +75,8 @@ class MixedPieces:
     def lost(self, pieces: Int64Array) -> BoolArray:
         """Which pieces [n] lie in damaged blocks and are to be left out: bool [n]."""
         found = np.zeros(len(pieces), dtype=np.bool_)
-        for part, start, stop in zip(self.parts, self.starts[:-1], self.starts[1:], strict=True):
-            inside = np.flatnonzero((pieces >= start) & (pieces < stop))
-            found[inside] = part.lost(pieces[inside] - start)
+        for part, own, numbers in by_part(self.parts, self.starts, pieces):
+            found[own] = part.lost(numbers)
         return found
 
     def damage(self) -> Mapping[BlockId, str]:
@@ -91,6 +89,49 @@ class MixedPieces:
         blocks = list(blocks)
         for part in self.parts:
             part.lose(blocks)
+
+
+def _read_tokens(part: PieceSource, pieces: Int64Array) -> Int64Array:
+    return part.read_tokens(pieces)
+
+
+def by_part(
+    parts: Sequence[PartT], starts: Int64Array, numbers: Int64Array
+) -> Iterator[tuple[PartT, BoolArray, Int64Array]]:
+    """Every part that has some of ``numbers`` [n]: which of them bool [n], and their numbers in the part.
+    ``starts`` [parts + 1]: the first number of each part."""
+    part_of = np.searchsorted(starts, numbers, side="right") - 1
+    for number in np.unique(part_of).tolist():
+        own = part_of == number
+        yield parts[number], own, numbers[own] - starts[number]
+
+
+def gather(
+    read: Callable[[PartT, Int64Array], npt.NDArray[NumberT]],
+    parts: Sequence[PartT],
+    starts: Int64Array,
+    numbers: Int64Array,
+    lengths: npt.NDArray[Any],
+) -> npt.NDArray[NumberT]:
+    """What ``read`` gives for ``numbers`` [n], the results one after the other; each has ``lengths`` [n]
+    entries. Every part is asked once."""
+    found = [(own, read(part, inside)) for part, own, inside in by_part(parts, starts, numbers)]
+    if len(found) <= 1:
+        return found[0][1] if found else read(parts[0], numbers)
+    joined = np.empty(int(lengths.sum(dtype=np.int64)), dtype=found[0][1].dtype)
+    for own, values in found:
+        joined[np.repeat(own, lengths)] = values
+    return joined
+
+
+def joined_views(parts: Sequence[object], name: str) -> Any:
+    """An array that all parts have, one after the other; those of the parts become views of it."""
+    arrays = [getattr(part, name) for part in parts]
+    joined = np.concatenate(arrays)
+    starts = starts_of([len(array) for array in arrays])
+    for part, start, stop in zip(parts, starts[:-1], starts[1:], strict=True):
+        setattr(part, name, joined[start:stop])
+    return joined
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,10 @@ class InteractionPieces(_Pieces):
         self.supervised = (self.answer_kept - 1).astype(np.int32)
         self.truncated = int(np.count_nonzero(query + answer > seq_len))
         """Interactions of the split that were cut."""
+        self.interaction_counts = dataset.interactions
+        """uint32 [conversations]"""
+        self.interaction_starts = dataset.interaction_starts
+        """int64 [conversations + 1] piece that is the first interaction of each conversation; ends with P."""
         self.prompt_kept = np.minimum(dataset.system_tokens.astype(np.int64), seq_len)
         """int64 [conversations] tokens kept of every system prompt: its beginning; 0 without one."""
         if self.truncated:
@@ -202,6 +206,10 @@ class InteractionPieces(_Pieces):
         spans = self._spans(pieces)
         marks = self.dataset.read_mark_spans(*spans)
         return np.zeros(int(spans[2].sum()), dtype=np.uint8) if marks is None else marks
+
+    def lost_conversations(self, conversations: Int64Array) -> BoolArray:
+        """Which conversations [n] lie in damaged blocks and are to be left out: bool [n]."""
+        return self.dataset.lost(conversations)
 
     def read_prompts(self, conversations: Int64Array) -> Int64Array:
         """Tokens kept of the system prompts of several conversations one after the other: int64 [N].

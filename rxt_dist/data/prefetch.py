@@ -1,4 +1,4 @@
-"""A background thread that computes the next items while the current one is in use."""
+"""A background thread that computes the next items while the current one is in use, or none at all."""
 
 from __future__ import annotations
 
@@ -35,17 +35,21 @@ class _End:
 
 
 class Prefetcher(Generic[ItemT]):
-    """Runs an iterator in a thread, at most ``depth`` items ahead.
+    """Runs an iterator in a thread, at most ``depth`` items ahead; with 0 there is no thread.
 
     An exception of the iterator is raised by :meth:`get` in its place in the sequence, and again by every
     later call.
     """
 
     def __init__(self, items: Iterator[ItemT], depth: int) -> None:
-        """Start the thread. ``depth`` >= 1 items are kept ready."""
+        """Start the thread. ``depth`` items are kept ready."""
         self._queue: queue.Queue[ItemT | _End] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._end: _End | None = None
+        self._inline = items if depth == 0 else None
+        self._thread: threading.Thread | None = None
+        if self._inline is not None:
+            return
         # The thread must not refer to this object, or an abandoned prefetcher would never be collected.
         arguments = (items, self._queue, self._stop)
         self._thread = threading.Thread(target=_fill, args=arguments, name="rxt-prefetch", daemon=True)
@@ -64,10 +68,13 @@ class Prefetcher(Generic[ItemT]):
         while self._end is None:
             if self._stop.is_set():
                 raise RuntimeError("the data loader is closed")
-            try:
-                item = self._queue.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
-                continue
+            if self._inline is not None:
+                item = _computed(self._inline)
+            else:
+                try:
+                    item = self._queue.get(timeout=_POLL_SECONDS)
+                except queue.Empty:
+                    continue
             if not isinstance(item, _End):
                 return item, time.perf_counter() - start
             self._end = item
@@ -78,7 +85,17 @@ class Prefetcher(Generic[ItemT]):
     def close(self) -> None:
         """Stop the thread and wait for it; may be called more than once."""
         self._stop.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _computed(items: Iterator[ItemT]) -> ItemT | _End:
+    try:
+        return next(items)
+    except StopIteration:
+        return _End(None)
+    except BaseException as error:  # kept, so that it is raised again as by a thread
+        return _End(error)
 
 
 def _fill(items: Iterator[ItemT], target: queue.Queue[ItemT | _End], stop: threading.Event) -> None:
@@ -101,7 +118,8 @@ def _fill(items: Iterator[ItemT], target: queue.Queue[ItemT | _End], stop: threa
 
 
 class PrefetchedLoader(Generic[StepT]):
-    """Endless iterator over the steps of one rank, which a thread builds ahead.
+    """Endless iterator over the steps of one rank, which a thread builds ahead (with 0 ``prefetch_steps``
+    each is built when it is asked for).
 
     Call :meth:`close` (or use ``with``) when done.
     """

@@ -18,7 +18,17 @@ from rxt_dist.data.format import (
     TextBlock,
     read_block,
 )
-from rxt_dist.data.manifest import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, ShardInfo, load_manifest
+from rxt_dist.data.index import IndexFile, join_indices
+from rxt_dist.data.manifest import (
+    MANIFEST_FILE,
+    TOKENIZER_FOLDER,
+    IndexInfo,
+    Manifest,
+    ShardInfo,
+    Split,
+    load_manifest,
+    split_index_name,
+)
 from rxt_dist.data.tokens import tokenizer_sha256
 from rxt_dist.errors import DataError
 
@@ -30,7 +40,8 @@ def verify_dataset(folder: Path, deep: bool) -> list[str]:
     """Return one sentence for every problem found; an empty list says that the dataset is sound.
 
     Always checked: manifest, fingerprint and counts, tokenizer, presence and size of every file, sha256 and
-    content of every index, and of every shard the first and the last block's name and the end. ``deep``
+    content of every index, that the index of a split is that of its shards, and of every shard the first and
+    the last block's name and the end. ``deep``
     reads every byte as well: sha256 of the shards, crc32 and structure of every block, token ids, and the
     lengths that the index claims.
     """
@@ -41,6 +52,8 @@ def verify_dataset(folder: Path, deep: bool) -> list[str]:
     problems = _count_problems(folder, manifest) + _tokenizer_problems(folder, manifest)
     for shard in manifest.shards:
         problems += _shard_problems(folder, manifest, shard, deep)
+    for split, info in manifest.split_indices.items():
+        problems += _split_index_problems(folder, manifest, split, info)
     listed = {(shard.split, shard.name) for shard in manifest.shards}
     for path in sorted(folder.glob("*/*.tar")):
         if (path.parent.name, path.name) not in listed:
@@ -143,6 +156,31 @@ def _checked_index(folder: Path, manifest: Manifest, shard: ShardInfo) -> ShardI
             f"{path}: blocks, documents, interactions, tokens are {found}, not those of the manifest"
         )
     return index
+
+
+def _split_index_problems(folder: Path, manifest: Manifest, split: Split, info: IndexInfo) -> list[str]:
+    path = folder / split / split_index_name(split)
+    try:
+        file = IndexFile.read(path, info.sha256)
+        found = join_indices([file], file.header.kind, file.header.dtype)
+        if path.stat().st_size != info.bytes:
+            raise DataError(f"{path} has {path.stat().st_size} bytes, the manifest says {info.bytes}")
+    except DataError as error:
+        return [str(error)]
+    try:
+        parts = [
+            IndexFile.read(shard.index_path_in(folder), shard.idx_sha256)
+            for shard in manifest.shards_of(split)
+        ]
+        expected = join_indices(parts, manifest.kind, np.dtype(manifest.dtype).newbyteorder("<"))
+    except DataError:  # said of the shard
+        return []
+    same = found.kind == expected.kind and found.dtype == expected.dtype
+    names = ("blocks", "document_tokens", "interactions", "system_tokens", "query_tokens", "answer_tokens")
+    pairs = [(getattr(found, name), getattr(expected, name)) for name in names]
+    if same and all(np.array_equal(left, right) for left, right in pairs):
+        return []
+    return [f"{path}: it is not the index of the shards of {split}"]
 
 
 def _payload_problems(path: Path, shard: ShardInfo, index: ShardIndex, vocab_size: int) -> list[str]:

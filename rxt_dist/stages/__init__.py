@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.config.run import STAGE_DATA, StageName
+from rxt_dist.data.conversations import MixedConversations
 from rxt_dist.data.manifest import Split
 from rxt_dist.data.mixing import MixedPieces
 from rxt_dist.data.pieces import InteractionPieces, TextPieces
@@ -18,7 +19,7 @@ from rxt_dist.stages.text import TextStageModule
 
 __all__ = ["Pieces", "StageModule", "Term", "TextStageModule", "build_stage", "dataset_store", "open_pieces"]
 
-Pieces = TextPieces | InteractionPieces | MixedPieces
+Pieces = TextPieces | InteractionPieces | MixedPieces | MixedConversations
 
 _MODULES: dict[StageName, type[TextStageModule | ContextModule | MemoryAttentionModule | SmatModule]] = {
     "joint_lm": TextStageModule,
@@ -53,11 +54,11 @@ def open_pieces(
     datasets = config.data.datasets(kind)
     if not datasets:
         raise ConfigError(f"data.{kind} is not set; stage {stage.name} needs it")
-    if stage.uses_lanes and len(datasets) > 1:
-        raise ConfigError(f"data.{kind}: found {len(datasets)} datasets, stage {stage.name} reads only one")
     store = store or dataset_store(config)
-    pieces_of = TextPieces if kind == "text" else InteractionPieces
-    parts = [pieces_of(store.dataset(dataset.path, split), config.model.seq_len) for dataset in datasets]
-    if len(parts) == 1:
-        return parts[0]
-    return MixedPieces(parts, [dataset.weight for dataset in datasets])
+    opened = [store.dataset(dataset.path, split) for dataset in datasets]
+    weights, seq_len = [dataset.weight for dataset in datasets], config.model.seq_len
+    if kind == "text":
+        texts = [TextPieces(dataset, seq_len) for dataset in opened]
+        return MixedPieces(texts, weights) if len(texts) > 1 else texts[0]
+    talks = [InteractionPieces(dataset, seq_len) for dataset in opened]
+    return MixedConversations(talks, weights) if len(talks) > 1 else talks[0]

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from rxt_dist.config import RunConfig, SpecialTokens, StageConfig
+from rxt_dist.data.conversations import MixedConversations
 from rxt_dist.data.loader import evaluation_batches
 from rxt_dist.data.pieces import InteractionPieces, PieceSource
 from rxt_dist.parallel.bootstrap import World
@@ -45,7 +46,7 @@ def evaluate_stage(
                     if world.dp_rank == 0:
                         results["samples"] = _samples(module, source, config, world, tokenizer)
                 return results
-            assert isinstance(source, InteractionPieces)
+            assert isinstance(source, InteractionPieces | MixedConversations)
             if isinstance(module, ContextModule):
                 return evaluate_context(module, source, config, stage, world)
             assert isinstance(module, LaneStageModule)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -15,6 +15,7 @@ from rxt_dist.checkpoint.fragments import Fragment
 from rxt_dist.config import RunConfig, SpecialTokens, StageConfig
 from rxt_dist.config.mesh import micro_units
 from rxt_dist.config.run import ANSWER_STAGES, stage_window
+from rxt_dist.data.conversations import Conversations, MixedConversations, conversation_datasets
 from rxt_dist.data.lane_loader import LaneLoader, WindowBatch, WindowStep
 from rxt_dist.data.lanes import LaneState
 from rxt_dist.data.loader import TextLoader, TextStep
@@ -185,9 +186,11 @@ def open_feed(
             ),
             corrupt,
         )
-    assert isinstance(source, InteractionPieces)
+    assert isinstance(source, InteractionPieces | MixedConversations)
     assert config.batch.lanes is not None
-    _report_prompts(source, stage)
+    report_shares(source)
+    for part in conversation_datasets(source)[0]:
+        _report_prompts(part, stage)
     share = config.batch.lanes // world.dp_size
     model = config.model
     loader = LaneLoader(
@@ -202,7 +205,7 @@ def open_feed(
         stm_size=model.stm_size,
         look_back=stage.name in ANSWER_STAGES,
         system_prompts=stage.system_prompts,
-        state=_lane_state(config.batch.lanes, state),
+        state=_lane_state(source, config.batch.lanes, state),
         prefetch_steps=prefetch,
         pin_memory=pin,
     )
@@ -246,9 +249,9 @@ def _cursor(source: Pieces, state: DataState) -> MixCursor | None:
     return MixCursor.from_dict(state) if state else None
 
 
-def _lane_state(lanes: int, state: DataState) -> LaneState | None:
+def _lane_state(source: Conversations, lanes: int, state: DataState) -> LaneState | None:
     if _NEXT_EPOCH in state:
-        return replace(LaneState.initial(lanes), epoch=state[_NEXT_EPOCH])
+        return LaneState.initial(lanes, len(conversation_datasets(source)[0]), state[_NEXT_EPOCH])
     return LaneState.from_dict(state) if state else None
 
 
@@ -259,6 +262,22 @@ def _corrupt_blocks(value: Any) -> list[BlockId]:
         valid = "a list of [fingerprint of a dataset, block]"
         raise DataError(f"data state: found corrupt_blocks {value!r}, valid is {valid}")
     return [(dataset, block) for dataset, block in pairs]
+
+
+def report_shares(source: Conversations) -> None:
+    """Say what the weights of several datasets, which count conversations, are in interactions."""
+    parts, weights = conversation_datasets(source)
+    if len(parts) == 1:
+        return
+    means = [part.interaction_counts.mean() for part in parts]
+    total = sum(weight * mean for weight, mean in zip(weights, means, strict=True))
+    for part, weight, mean in zip(parts, weights, means, strict=True):
+        logger.info(
+            "%s: %.1f %% of the conversations, %.1f %% of the interactions of this stage",
+            part.dataset.name,
+            100 * weight / sum(weights),
+            100 * weight * mean / total,
+        )
 
 
 def _report_prompts(source: InteractionPieces, stage: StageConfig) -> None:

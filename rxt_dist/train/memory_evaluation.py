@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from rxt_dist.config import RunConfig, SpecialTokens, StageConfig
+from rxt_dist.data.conversations import Conversations, first_conversations
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch, read_interactions
 from rxt_dist.data.order import Int64Array
-from rxt_dist.data.pieces import InteractionPieces
 from rxt_dist.model.heads import CROSS_ENTROPY_CHUNK
 from rxt_dist.parallel.bootstrap import World
 from rxt_dist.parallel.collectives import sum_over_ranks
@@ -40,7 +40,7 @@ _LOSS, _CORRECT, _COUNT = range(3)
 
 
 def evaluate_memory(
-    module: SmatModule, source: InteractionPieces, config: RunConfig, world: World
+    module: SmatModule, source: Conversations, config: RunConfig, world: World
 ) -> dict[str, Any]:
     """Answer loss and accuracy per supervised token with each memory, and recall of marked tokens.
 
@@ -68,7 +68,7 @@ def evaluate_memory(
 def _evaluate_group(
     module: SmatModule,
     group: _Group,
-    source: InteractionPieces,
+    source: Conversations,
     world: World,
     tally: _Tally,
     sums: MemorySums,
@@ -91,7 +91,7 @@ def _evaluate_group(
 
 
 def evaluate_context(
-    module: ContextModule, source: InteractionPieces, config: RunConfig, stage: StageConfig, world: World
+    module: ContextModule, source: Conversations, config: RunConfig, stage: StageConfig, world: World
 ) -> dict[str, Any]:
     """What :func:`evaluate_memory` gives, with encodings in the place of memories: *true*: those of all
     earlier interactions of the conversation, *fresh*: none, *foreign*: those of another conversation.
@@ -112,7 +112,7 @@ def evaluate_context(
 
 
 def evaluate_updates(
-    module: LaneStageModule, source: InteractionPieces, config: RunConfig, world: World
+    module: LaneStageModule, source: Conversations, config: RunConfig, world: World
 ) -> dict[str, Any]:
     """Loss of the memory update without noise: means over held-out conversations of the terms of stage
     ``memory_attention``, and ``statistics`` of the memories after every update. Collective."""
@@ -148,13 +148,13 @@ class _Group:
     key: int
     pad_id: int
 
-    def interactions(self, source: InteractionPieces, device: torch.device) -> Iterator[LaneInteractions]:
+    def interactions(self, source: Conversations, device: torch.device) -> Iterator[LaneInteractions]:
         """First, second, ... interactions; a conversation that has ended is absent."""
-        starts = source.dataset.interaction_starts[self.conversations]
+        starts = source.interaction_starts[self.conversations]
         for number in range(int(self.counts.max())):
             yield self._read(source, starts + number, number, self.counts > number).to(device)
 
-    def prompts(self, source: InteractionPieces, device: torch.device) -> LaneInteractions:
+    def prompts(self, source: Conversations, device: torch.device) -> LaneInteractions:
         """The system prompts; a conversation without one is absent."""
         nothing = np.zeros(len(self.counts), dtype=np.bool_)
         return self._read(source, self.counts, -1, nothing, prompts=self.conversations).to(device)
@@ -164,7 +164,7 @@ class _Group:
         return torch.from_numpy(self.counts == number + 1).to(device)
 
     def _read(
-        self, source: InteractionPieces, pieces: Int64Array, number: int, present: Any, **options: Any
+        self, source: Conversations, pieces: Int64Array, number: int, present: Any, **options: Any
     ) -> LaneInteractions:
         return read_interactions(
             source,
@@ -189,18 +189,22 @@ class _Plan:
     groups: list[_Group]
 
 
-def _plan(source: InteractionPieces, config: RunConfig, world: World) -> _Plan:
+def _plan(source: Conversations, config: RunConfig, world: World) -> _Plan:
     """The first ``evaluation.max_conversations`` conversations of the split, in groups of ``batch.lanes``
     that do not depend on the mesh."""
     special = config.model.special_tokens
     assert isinstance(special, SpecialTokens)
     assert config.batch.lanes is not None
-    counts = source.dataset.interactions[: config.evaluation.max_conversations].astype(np.int64)
+    conversations = first_conversations(source, config.evaluation.max_conversations)
+    counts = source.interaction_counts[conversations].astype(np.int64)
     order = np.argsort(-counts, kind="stable")
     # A group of one conversation has no foreign memory, so small groups join the one before.
     parts = np.array_split(order, max(1, len(order) // max(2, config.batch.lanes)))
     key = derive_key(config.seed, "evaluation", "lanes")
-    groups = [_Group(part, counts[part], key, special.pad) for part in parts[world.dp_rank :: world.dp_size]]
+    groups = [
+        _Group(conversations[part], counts[part], key, special.pad)
+        for part in parts[world.dp_rank :: world.dp_size]
+    ]
     return _Plan(len(order), int(counts.max()), groups)
 
 

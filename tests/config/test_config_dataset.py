@@ -71,6 +71,44 @@ def test_datasets_share_a_tokenizer() -> None:
     assert "same tokenizer" in text
 
 
+LANES = ["data.text=/data/text", "batch.lanes=4", "stages=[{name: smat, steps: 2}]"]
+
+
+def test_datasets_of_a_memory_stage_can_be_mixed() -> None:
+    config = load_config("tiny", [*LANES, "data.conversations=[{path: /a, weight: 3}, {path: /b}]"])
+    assert [(str(one.path), one.weight) for one in config.data.datasets("conversations")] == [
+        ("/a", 3),
+        ("/b", 1),
+    ]
+    hashes = {"conversations.0": "a" * 64, "conversations.1": "b" * 64}
+    text = refusal(config, tokenizer_sha256=hashes)
+    assert "data.conversations.0 (/a) has aaaaaaaaaaaa" in text
+    assert "data.conversations.1 (/b) has bbbbbbbbbbbb" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (
+            "[{path: /a, weight: 0}, {path: /b}]",
+            "conversations.0.weight: found 0; must be greater than or equal",
+        ),
+        ("[{path: /a}, {path: /b, weight: -2}]", "conversations.1.weight: found -2; must be greater than"),
+        ("[{path: /a, weight: 1.5}]", "conversations.0.weight: found 1.5; must be an integer"),
+        (
+            "[{path: /a, weight: 1001}]",
+            "conversations.0.weight: found 1001; must be less than or equal to 1000",
+        ),
+        ("[{weight: 2}]", "conversations.0.path: missing"),
+        ("[]", "conversations: found []; must be a path (text) or must have at least 1 items"),
+    ],
+)
+def test_malformed_mixtures_are_refused(value: str, found: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("tiny", [*LANES, f"data.conversations={value}"])
+    assert f"data.{found}" in str(caught.value)
+
+
 def test_a_tokenizer_without_special_tokens() -> None:
     ids = {name: token for name, token in IDS.items() if name not in ("[Q]", "[A]")}
     assert refusal(load_config("tiny", DATA), special_ids=ids) == "datasets: the tokenizer lacks [Q], [A]"

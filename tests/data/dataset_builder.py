@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from rxt_dist.data.format import ConversationTokens, Kind, ShardWriter, token_dtype
-from rxt_dist.data.manifest import Manifest, ShardInfo, SplitCounts, fingerprint_of, write_manifest
+from rxt_dist.data.index import write_split_indices
+from rxt_dist.data.manifest import (
+    FORMAT_VERSION,
+    Manifest,
+    ShardInfo,
+    SplitCounts,
+    fingerprint_of,
+    write_manifest,
+)
 from rxt_dist.data.pieces import Piece
 
 VOCAB = 1000
@@ -69,8 +77,9 @@ def write_dataset(
     documents_per_shard: int = 7,
     block_documents: int = 3,
     vocab: int = VOCAB,
+    format_version: int = FORMAT_VERSION,
 ) -> Path:
-    """Write a dataset folder (no tokenizer) and return it."""
+    """Write a dataset folder (no tokenizer) and return it. Version 1 has no split indices."""
     dtype = token_dtype(vocab)
     shards: list[ShardInfo] = []
     for split, documents in (("train", train), ("val", val)):
@@ -92,7 +101,7 @@ def write_dataset(
         for split in ("train", "val")
     }
     manifest = Manifest(
-        format_version=1,
+        format_version=format_version,
         dataset_id="test",
         kind=kind,
         created_by="tests",
@@ -105,6 +114,7 @@ def write_dataset(
         source=[],
         counts=counts,
         shards=shards,
+        split_indices=write_split_indices(folder, shards) if format_version > 1 else {},
         fingerprint="0" * 64,
     )
     write_manifest(folder, manifest.model_copy(update={"fingerprint": fingerprint_of(manifest)}))

@@ -123,24 +123,39 @@ def test_by_default_damage_is_an_error_that_names_the_shard(folder, name):
 
 
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("damage", ["bit", "of another shard", "of another dataset", "missing", "empty"])
-def test_without_its_index_a_shard_is_always_an_error(folder, tmp_path, damage, skip):
-    path = folder / "train" / "rxt-train-000001.idx"
+@pytest.mark.parametrize(
+    "damage", ["bit", "cut", "of another part", "of another dataset", "missing", "empty"]
+)
+@pytest.mark.parametrize(("format_version", "name"), [(1, "rxt-train-000001.idx"), (2, "rxt-train.idx")])
+def test_without_its_index_a_dataset_is_always_an_error(tmp_path, format_version, name, damage, skip):
+    """Version 1 is planned from the indices of the shards, version 2 from that of the split."""
+    options = {"documents_per_shard": 9, "format_version": format_version}
+    folder = write_dataset(tmp_path / "data", "text", DOCUMENTS, DOCUMENTS[::-1], **options)
+    assert Dataset(folder, "train").text_document(13).tolist() == DOCUMENTS[13].tolist()
+    path = folder / "train" / name
     data = bytearray(path.read_bytes())
     if damage == "bit":
         data[-40] ^= 1
-    elif damage == "of another shard":  # the same counts and sizes
-        data = path.with_stem("rxt-train-000000").read_bytes()
+    elif damage == "cut":
+        data = data[:-1]
+    elif damage == "of another part":  # the same counts and sizes
+        other = "train/rxt-train-000000.idx" if format_version == 1 else "val/rxt-val.idx"
+        data = (folder / other).read_bytes()
     elif damage == "of another dataset":
-        other = write_dataset(
-            tmp_path / "other", "text", [document(40, seed=99 + i) for i in range(27)], documents_per_shard=9
-        )
-        data = (other / "train" / path.name).read_bytes()
+        others = [document(40, seed=99 + i) for i in range(27)]
+        data = (write_dataset(tmp_path / "other", "text", others, **options) / "train" / name).read_bytes()
     path.write_bytes(b"" if damage == "empty" else data)
     if damage == "missing":
         path.unlink()
-    with pytest.raises(DataError, match=r"rxt-train-000001\.idx"):
+    with pytest.raises(DataError, match=re.escape(name)):
         Dataset(folder, "train", skip_corrupt=skip)
+
+
+def test_with_the_index_of_the_split_those_of_shards_are_not_read(folder):
+    for path in folder.glob("*/rxt-*-0*.idx"):
+        path.unlink()
+    dataset = Dataset(folder, "train")
+    assert [dataset.text_document(i).tolist() for i in range(27)] == [d.tolist() for d in DOCUMENTS]
 
 
 def test_blocks_can_be_lost_without_looking(intact):

@@ -23,14 +23,15 @@ MAX_ALLOCATION = 8 << 20
 """Bytes; the files of the dataset have at most 100,000."""
 
 
-@pytest.fixture(scope="module", params=["text", "conversations"])
+@pytest.fixture(scope="module", params=[("text", 2), ("conversations", 2), ("conversations", 1)])
 def pristine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param) / "data"
-    if request.param == "text":
+    kind, format_version = request.param
+    folder = tmp_path_factory.mktemp(kind) / "data"
+    if kind == "text":
         items: list[object] = [document(5 + 7 * (i % 9), seed=i) for i in range(30)]
     else:
         items = list(random_conversations(30, seed=1))
-    write_dataset(folder, request.param, items[:24], items[24:])
+    write_dataset(folder, kind, items[:24], items[24:], format_version=format_version)
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     manifest = load_manifest(folder).model_copy(
@@ -95,38 +96,48 @@ def test_random_damage_is_reported_or_harmless(pristine: Path, tmp_path: Path, d
     assert peak < MAX_ALLOCATION
 
 
+def indices(folder: Path) -> list[str]:
+    """Of the first training shard and, in version 2, of the split."""
+    names = ("rxt-train-000000.idx", "rxt-train.idx")
+    return [name for name in names if (folder / "train" / name).is_file()]
+
+
 @pytest.mark.parametrize("field", ["documents", "tokens", "bytes"])
 def test_absurd_numbers_in_an_index_are_refused_before_allocation(
     pristine: Path, tmp_path: Path, field: str
 ) -> None:
     """A correct crc32 over a claim of 2**31 and more: what a fuzzer will not find."""
-    folder = Path(shutil.copytree(pristine, tmp_path / "data"))
-    path = folder / "train" / "rxt-train-000000.idx"
-    index = ShardIndex.read(path)
-    blocks = index.blocks.copy()
-    blocks[field][0] = (1 << 31) + 7
-    ShardIndex(**{**vars(index), "blocks": blocks}).write(path)
-    tracemalloc.start()
-    try:
-        problems = verify_dataset(folder, deep=True)
-        with pytest.raises(DataError):
-            everything(folder)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert any("rxt-train-000000" in problem for problem in problems)
-    assert peak < MAX_ALLOCATION
+    for name in indices(pristine):
+        folder = Path(shutil.copytree(pristine, tmp_path / name))
+        path = folder / "train" / name
+        index = ShardIndex.read(path)
+        blocks = index.blocks.copy()
+        blocks[field][0] = (1 << 31) + 7
+        ShardIndex(**{**vars(index), "blocks": blocks}).write(path)
+        tracemalloc.start()
+        try:
+            problems = verify_dataset(folder, deep=True)
+            with pytest.raises(DataError):
+                everything(folder)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert any(name in problem for problem in problems)
+        assert peak < MAX_ALLOCATION
 
 
 def test_an_index_of_absurd_size_is_not_read(pristine: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(pristine, tmp_path / "data"))
-    path = folder / "train" / "rxt-train-000000.idx"
-    with path.open("r+b") as file:
-        file.truncate(64 << 30)  # sparse: takes no place on the disk
-    tracemalloc.start()
-    try:
-        assert any("its header implies" in problem for problem in verify_dataset(folder, deep=True))
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < MAX_ALLOCATION
+    for name in indices(pristine):
+        folder = Path(shutil.copytree(pristine, tmp_path / name))
+        with (folder / "train" / name).open("r+b") as file:
+            file.truncate(64 << 30)  # sparse: takes no place on the disk
+        tracemalloc.start()
+        try:
+            problems = verify_dataset(folder, deep=True)
+            with pytest.raises(DataError, match="its header implies"):
+                everything(folder)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert any(f"{name} is damaged" in p and "its header implies" in p for p in problems)
+        assert peak < MAX_ALLOCATION

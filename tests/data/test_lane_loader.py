@@ -6,8 +6,9 @@ import pytest
 import torch
 from dataset_builder import ANSWER, EOS, PAD, conversation, random_conversations, write_dataset
 
-from rxt_dist.data.lane_loader import LaneInteractions, LaneLoader
-from rxt_dist.data.lanes import LaneSchedule, LaneState
+from rxt_dist.data.conversations import MixedConversations, conversation_datasets
+from rxt_dist.data.lane_loader import LaneInteractions, LaneLoader, lane_schedule
+from rxt_dist.data.lanes import LaneState
 from rxt_dist.data.pieces import InteractionPieces
 from rxt_dist.data.reader import Dataset
 from rxt_dist.errors import ConfigError, DataError
@@ -18,14 +19,25 @@ STM_SIZE = 6  # some interactions are longer
 PER_LANE = ("present", "reset", "visits", "numbers")
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = write_dataset(
-        tmp_path_factory.mktemp("lanes"), "conversations", random_conversations(13, seed=2)
-    )
-    pieces = InteractionPieces(Dataset(folder, "train"), 14)
-    assert 0 < pieces.truncated < len(pieces.lengths)
-    return pieces
+def pieces_of(folder, talks):
+    found = InteractionPieces(Dataset(write_dataset(folder, "conversations", talks), "train"), 14)
+    assert 0 < found.truncated < len(found.lengths)
+    return found
+
+
+@pytest.fixture(scope="module", params=["one dataset", "three datasets"])
+def source(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lanes")
+    if request.param == "one dataset":
+        return pieces_of(folder, random_conversations(13, seed=2))
+    parts = [
+        pieces_of(folder / str(count), random_conversations(count, seed=30 + count)) for count in (13, 5, 7)
+    ]
+    return MixedConversations(parts, (3, 1, 2))
+
+
+def first_state(source, lanes=LANES):
+    return LaneState.initial(lanes, len(conversation_datasets(source)[0]))
 
 
 def loader(source, *, dp_rank=0, dp_size=1, micro_lanes=None, **options):
@@ -80,14 +92,14 @@ def global_steps(source, steps, *, dp_size=1, micro_lanes=None, state=None, **op
 
 
 def test_a_window_holds_what_the_schedule_says(source):
-    dataset, schedule = source.dataset, LaneSchedule(source.dataset.interactions, key=KEY, lanes=LANES)
-    state, look_backs, marks = LaneState.initial(LANES), 0, 0
+    schedule = lane_schedule(source, key=KEY, lanes=LANES)
+    state, look_backs, marks = first_state(source), 0, 0
     for lanes, _, _, _ in global_steps(source, 8):
         window, state = schedule.next_window(state, WINDOW)
         for lane, (look_back, *positions) in lanes.items():
             for w, found in enumerate(positions):
                 conv, number = int(window.conversations[lane, w]), int(window.interactions[lane, w])
-                piece = int(dataset.interaction_starts[conv]) + number
+                piece = int(source.interaction_starts[conv]) + number
                 expected = source.read(piece)
                 assert found["tokens"] == expected.tokens.tolist()
                 assert found["present"]
@@ -166,27 +178,34 @@ def test_resume_at_another_layout_continues_the_same_sequence(source, dp_size, d
     assert first + global_steps(source, 7 - done, dp_size=dp_size, micro_lanes=1, state=state) == expected
 
 
-@pytest.mark.parametrize("chain", [(2, 4, 1), (1, 8, 2, 4), (4, 2, 8)])
-def test_a_run_that_changes_its_ranks_again_and_again_serves_one_sequence(source, chain):
+@pytest.mark.parametrize(
+    ("chain", "prefetch"),
+    [
+        ((1, 2, 4, 1), (2, 0, 1, 2)),
+        ((2, 4, 1), (0, 0, 0)),
+        ((1, 8, 2, 4), (1, 2, 0, 1)),
+        ((4, 2, 8), (2, 2, 2)),
+    ],
+)
+def test_a_run_that_changes_its_ranks_again_and_again_serves_one_sequence(source, chain, prefetch):
     """Each part starts from what the one before left behind, as JSON."""
     found, state = [], None
-    for number, dp_size in enumerate(chain):
-        micro_lanes = 1 if number % 2 else None
-        found += global_steps(source, 3, dp_size=dp_size, micro_lanes=micro_lanes, state=state)
+    for number, (dp_size, prefetch_steps) in enumerate(zip(chain, prefetch, strict=True)):
+        options = {"micro_lanes": 1 if number % 2 else None, "prefetch_steps": prefetch_steps}
+        found += global_steps(source, 3, dp_size=dp_size, state=state, **options)
         state = LaneState.from_dict(json.loads(json.dumps(found[-1][3])))
     assert found == global_steps(source, 3 * len(chain))
 
 
 def test_ranks_share_the_lanes_without_talking(source):
     """The (lane, conversation, interaction) table of a step, read from the tokens that ranks hold."""
-    dataset = source.dataset
     where = {tuple(source.read(p).tokens.tolist()): p for p in range(len(source.lengths))}
     assert len(where) == len(source.lengths)
-    schedule, state = LaneSchedule(dataset.interactions, key=KEY, lanes=LANES), LaneState.initial(LANES)
+    schedule, state = lane_schedule(source, key=KEY, lanes=LANES), first_state(source)
     expected = []
     for _ in range(6):
         window, state = schedule.next_window(state, WINDOW)
-        expected.append((dataset.interaction_starts[window.conversations] + window.interactions).tolist())
+        expected.append((source.interaction_starts[window.conversations] + window.interactions).tolist())
     for dp_size in (1, 2, 4, 8):
         for rank in range(dp_size):
             share = LANES // dp_size
@@ -251,7 +270,7 @@ def test_an_empty_window_is_refused(source):
 
 def test_state_of_another_number_of_lanes_is_refused(source):
     with (
-        loader(source, state=LaneState.initial(4)) as one,
+        loader(source, state=first_state(source, 4)) as one,
         pytest.raises(DataError, match="it has 4 lanes, this run has 8"),
     ):
         next(one)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rxt_dist.data import lanes as lanes_module
+from rxt_dist.data import stream
 from rxt_dist.data.lanes import LaneSchedule, LaneState
 from rxt_dist.data.order import epoch_permutation
 from rxt_dist.errors import DataError
@@ -172,7 +173,7 @@ def count_permutations(monkeypatch):
         epochs.append(epoch)
         return epoch_permutation(key, epoch, count)
 
-    monkeypatch.setattr(lanes_module, "epoch_permutation", counted)
+    monkeypatch.setattr(stream, "epoch_permutation", counted)
     return epochs
 
 
@@ -182,8 +183,7 @@ def test_a_resume_does_not_replay_the_past(monkeypatch):
     taken = 4000
     late = LaneState.from_dict(
         {
-            "epoch": epoch,
-            "place": taken,
+            "datasets": [{"epoch": epoch, "place": taken}],
             "epochs": [epoch] * lanes,
             "conversations": permutation[taken - lanes : taken].tolist(),
             "served": [2] * lanes,
@@ -216,9 +216,10 @@ def test_an_epoch_is_permuted_once_and_planned_in_bounded_pieces(monkeypatch):
 
 def test_windows_cannot_be_changed_by_who_reads_them():
     schedule = LaneSchedule([2, 3], key=KEY, lanes=2)
-    window, _ = schedule.next_window(LaneState.initial(2), 3)
-    with pytest.raises(ValueError, match="read-only"):
-        window.conversations[0, 0] = 1
+    window, state = schedule.next_window(LaneState.initial(2), 3)
+    for array in (window.conversations, state.conversations, state.places):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 1
 
 
 def test_visits_are_numbered_along_the_stream_without_gaps():
@@ -245,7 +246,7 @@ def test_a_window_does_not_change_the_state_it_starts_from():
         lambda state: {"visits": [visit + 1 for visit in state["visits"]]},
         lambda state: {"epochs": [epoch + 1 for epoch in state["epochs"]]},
         lambda state: {"conversations": [(number + 1) % 10 for number in state["conversations"]]},
-        lambda state: {"place": 0},
+        lambda state: {"datasets": [{"epoch": 0, "place": 0}]},
         lambda state: {name: state[name][:1] * 2 for name in ("conversations", "epochs", "visits")},
     ],
 )
@@ -253,7 +254,7 @@ def test_state_that_the_stream_does_not_give_is_refused(change):
     schedule = LaneSchedule([4, 1, 2, 3, 5, 2, 1, 1, 3, 2], key=KEY, lanes=2)
     _, after = schedule.next_window(LaneState.initial(2), 8)
     state = after.to_dict() | {"served": [0, 0]}
-    assert state["epoch"] == 0
+    assert state["datasets"][0]["epoch"] == 0
     schedule.next_window(LaneState.from_dict(state), 1)
     with pytest.raises(DataError, match="not those of this dataset, seed and stage"):
         schedule.next_window(LaneState.from_dict(state | change(state)), 1)
@@ -277,8 +278,13 @@ def test_unusable_counts_are_refused(counts, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epoch": -1}, "epoch is malformed"),
-        ({"place": [0]}, "place is malformed"),
+        ({"datasets": []}, r"found datasets \[\], valid is a list with integers"),
+        ({"datasets": {"epoch": 0, "place": 0}}, "found datasets .*, valid is a list with integers"),
+        ({"datasets": [[0, 0]]}, "found the place .* in datasets, valid is a list"),
+        ({"datasets": [{"epoch": -1, "place": 0}]}, "valid is a list with integers >= 0 epoch and place"),
+        ({"datasets": [{"epoch": 0, "place": True}]}, "valid is a list with integers >= 0 epoch and place"),
+        ({"datasets": [{"epoch": 0}]}, "valid is a list with integers >= 0 epoch and place"),
+        ({"datasets": [{"epoch": 0, "place": 0, "weight": 1}]}, "valid is a list with integers >= 0 epoch"),
         ({"served": 1}, "served is malformed"),
         ({"served": [0, True]}, "served is malformed"),
         ({"conversations": [-2, 0]}, "conversations is malformed"),
@@ -296,7 +302,8 @@ def test_malformed_state_is_refused(change, message):
     ("change", "message"),
     [
         ({"conversations": [0, 3]}, "this one has 3 conversations"),
-        ({"place": 3}, "this one has 3 conversations"),
+        ({"datasets": [{"epoch": 0, "place": 3}]}, "this one has 3 conversations"),
+        ({"datasets": [{"epoch": 0, "place": 0}] * 2}, "it is of 2 datasets, this stage has 1"),
         ({"served": [0, 3], "conversations": [1, 2]}, "lane 1 has served 3 interactions of conversation 2"),
         ({"served": [1, 0]}, "lane 0 has served 1 interactions of conversation -1"),
         (LaneState.initial(3).to_dict(), "it has 3 lanes, this run has 2"),

@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import itertools
 import threading
@@ -6,8 +7,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from dataset_builder import MASK, ArrayPieces, document, random_conversations, write_dataset
+from dataset_builder import MASK, PAD, ArrayPieces, document, random_conversations, write_dataset
 
+from rxt_dist.data.lane_loader import LaneLoader
 from rxt_dist.data.loader import TextLoader, evaluation_batches
 from rxt_dist.data.mixing import MixCursor
 from rxt_dist.data.pieces import InteractionPieces, TextPieces
@@ -174,8 +176,25 @@ def test_steps_are_prepared_ahead_but_not_further(monkeypatch):
         wait_until(lambda: source.reads == 5)
 
 
-def test_errors_arrive_in_their_place_and_stay():
-    with loader(Recorder(fail_at=3), packs=1, pack_tokens=8) as one:
+def test_without_prefetching_nothing_is_read_ahead_and_there_is_no_thread():
+    before, source = len(prefetch_threads()), Recorder()
+    expected = loader(Recorder(), packs=1, pack_tokens=8)
+    with loader(source, packs=1, pack_tokens=8, prefetch_steps=0) as one, expected:
+        for number in range(3):
+            assert source.reads == number
+            assert len(prefetch_threads()) == before + 1  # that of the other loader
+            found, same = next(one), next(expected)
+            assert found.batches[0].tokens.tolist() == same.batches[0].tokens.tolist()
+            assert found.cursor == same.cursor
+            assert found.wait_seconds > 0
+    with pytest.raises(RuntimeError, match="closed"):
+        next(one)
+
+
+@pytest.mark.parametrize("prefetch_steps", [0, 1, 2])
+def test_errors_arrive_in_their_place_and_stay(prefetch_steps):
+    options = {"packs": 1, "pack_tokens": 8, "prefetch_steps": prefetch_steps}
+    with loader(Recorder(fail_at=3), **options) as one:
         next(one)
         next(one)
         for _ in range(2):
@@ -233,6 +252,63 @@ def test_wait_seconds_is_the_time_waited():
     with pytest.raises(StopIteration):
         prefetcher.get()
     prefetcher.close()
+
+
+def test_an_end_is_an_end_without_a_thread_too():
+    prefetcher = Prefetcher(iter([1, 2]), depth=0)
+    assert [prefetcher.get()[0], prefetcher.get()[0]] == [1, 2]
+    for _ in range(2):
+        with pytest.raises(StopIteration):
+            prefetcher.get()
+    prefetcher.close()
+
+
+# --- pinned memory ----------------------------------------------------------------------------------------
+
+
+def tensors_in(value):
+    """Every tensor of a batch, however deep."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from tensors_in(entry)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+def batches_of_every_kind(sources):
+    options = {"dp_rank": 0, "dp_size": 1, "pin_memory": True}
+    with loader(sources["text"], pin_memory=True) as one:
+        yield from next(one).batches
+    lanes = {"key": 1, "lanes": 4, "micro_lanes": 2, "window": 2, "pad_id": PAD, "stm_size": 4}
+    with LaneLoader(sources["interactions"], **lanes, **options) as one:
+        yield from next(one).batches
+
+
+def test_every_tensor_of_a_batch_is_pinned(sources, monkeypatch):
+    """As far as that can be seen without a device: each of them is what pinning returned."""
+    pinned = []
+
+    def pin(tensor):
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    found = [tensor for batch in batches_of_every_kind(sources) for tensor in tensors_in(batch)]
+    assert len(found) > 50
+    known = {id(tensor) for tensor in pinned}
+    assert all(id(tensor) in known for tensor in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_tensor_of_a_batch_is_in_page_locked_memory(sources):
+    found = [tensor for batch in batches_of_every_kind(sources) for tensor in tensors_in(batch)]
+    assert len(found) > 50
+    assert all(tensor.is_pinned() for tensor in found)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 
 from rxt_dist.data.format import ConversationTokens, ShardIndex, ShardWriter, read_block, token_dtype
+from rxt_dist.data.index import write_split_indices
 from rxt_dist.data.manifest import (
+    FORMAT_VERSION,
     Manifest,
     SplitCounts,
     compute_fingerprint,
@@ -28,13 +31,18 @@ VOCAB_SIZE = 500
 
 
 def make_dataset(
-    folder: Path, kind: Any = "text", vocab_size: int = VOCAB_SIZE, declared: int | None = None
+    folder: Path,
+    kind: Any = "text",
+    vocab_size: int = VOCAB_SIZE,
+    declared: int | None = None,
+    *,
+    seed: int = 0,
 ) -> Path:
     """Three training shards of four blocks and one validation shard; ids below ``vocab_size``."""
     (folder / "tokenizer").mkdir(parents=True)
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     dtype = token_dtype(vocab_size)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     shards = []
     for split, number in (("train", 0), ("train", 1), ("train", 2), ("val", 0)):
         (folder / split).mkdir(exist_ok=True)
@@ -51,6 +59,7 @@ def make_dataset(
         "special_tokens": {"[BOS]": 1},
         "tokenizer_sha256": hashlib.sha256(b"{}").hexdigest(),
         "shards": shards,
+        "split_indices": write_split_indices(folder, shards),
     }
     names = ("documents", "conversations", "interactions", "tokens")
     counts = {
@@ -60,7 +69,7 @@ def make_dataset(
         for split in ("train", "val")
     }
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         dataset_id="test",
         created_by="test",
         byte_order="little",
@@ -120,12 +129,36 @@ def index_of(path: Path) -> Path:
     return path.with_suffix(".idx")
 
 
+def split_index(dataset: Path, split: str = "train") -> Path:
+    return dataset / split / f"rxt-{split}.idx"
+
+
+def respell(path: Path) -> None:
+    """The same content, size and arrays with the entries of the header in another order, and a correct
+    checksum."""
+    whole = ShardIndex.read(path)
+    before, after = b'"kind":"text","dtype":"uint16"', b'"dtype":"uint16","kind":"text"'
+    content = path.read_bytes()[:-4].replace(before, after)
+    path.write_bytes(content + zlib.crc32(content).to_bytes(4, "little"))
+    assert before not in content
+    assert np.array_equal(ShardIndex.read(path).blocks, whole.blocks)
+
+
+def adopt(dataset: Path, other: Path) -> None:
+    """Make a sound index of something else that of the training split, in the manifest too."""
+    content = other.read_bytes()
+    split_index(dataset).write_bytes(content)
+    info = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    rewrite(dataset, lambda m: m["split_indices"].update(train=info))
+
+
 # A text block has the members lens.bin (header 512, payload padded to 512), then tokens.bin. Every row: what
 # happens to the second training shard of four blocks, whether a quick verification sees it as well as a deep
 # one, and what the messages of the latter must name.
 Damage = Callable[[Path], object]
 ALWAYS, DEEP = True, False
 SHARD, INDEX = r"rxt-train-000001\.tar", r"rxt-train-000001\.idx"
+SPLIT_INDEX = r"train/rxt-train\.idx"
 CUT_2, IN_2 = f"{SHARD}.*: block 2 and all after it are cut", f"{SHARD}: block 2:"
 MATRIX: list[tuple[str, Damage, bool, str]] = [
     ("cut at a member boundary", lambda d: cut(shard(d), block_offset(d, 2)), ALWAYS, CUT_2),
@@ -161,6 +194,21 @@ MATRIX: list[tuple[str, Damage, bool, str]] = [
     ("cut index", lambda d: cut(index_of(shard(d)), 100), ALWAYS, INDEX),
     ("bit flip in an index", lambda d: flip(index_of(shard(d)), 120), ALWAYS, INDEX),
     ("garbage index", lambda d: index_of(shard(d)).write_bytes(garbage(300)), ALWAYS, INDEX),
+    ("missing index of the split", lambda d: split_index(d).unlink(), ALWAYS, SPLIT_INDEX),
+    ("zero-length index of the split", lambda d: cut(split_index(d), 0), ALWAYS, SPLIT_INDEX),
+    ("cut index of the split", lambda d: cut(split_index(d), 100), ALWAYS, SPLIT_INDEX),
+    ("bit flip in the index of the split", lambda d: flip(split_index(d), 300), ALWAYS, SPLIT_INDEX),
+    ("garbage index of the split", lambda d: split_index(d).write_bytes(garbage(300)), ALWAYS, SPLIT_INDEX),
+    ("indices of the splits swapped", lambda d: swap(split_index(d), split_index(d, "val")), ALWAYS,
+     SPLIT_INDEX),
+    ("index of the split of another dataset",
+     lambda d: shutil.copy(split_index(make_dataset(d.parent / "other", seed=1)), split_index(d)), ALWAYS,
+     SPLIT_INDEX),
+    ("index of the split in another spelling", lambda d: respell(split_index(d)), ALWAYS, SPLIT_INDEX),
+    ("other size of the index of the split",
+     lambda d: rewrite(d, lambda m: m["split_indices"]["train"].update(bytes=7)), ALWAYS, SPLIT_INDEX),
+    ("another index of the split in the manifest", lambda d: adopt(d, split_index(d, "val")), ALWAYS,
+     f"{SPLIT_INDEX}: it is not the index of the shards of train"),
     ("unlisted shard", lambda d: shutil.copy(shard(d), shard(d, 3)), ALWAYS, "000003.tar is not in"),
     ("missing tokenizer", lambda d: (d / "tokenizer" / "tokenizer.json").unlink(), ALWAYS, "tokenizer"),
     ("other tokenizer", lambda d: (d / "tokenizer" / "tokenizer.json").write_text("[]"), ALWAYS, "tokenizer"),
@@ -218,14 +266,18 @@ def test_ids_outside_of_the_vocabulary_are_found(tmp_path: Path, kind: str) -> N
 
 def test_a_consistent_index_of_other_lengths_is_found(dataset: Path) -> None:
     """Only the decoded blocks can tell that lengths were moved between the documents of a block."""
-    path = shard(dataset).with_suffix(".idx")
+    path = index_of(shard(dataset))
     index = ShardIndex.read(path)
     lengths = index.document_tokens.copy()
     lengths[:2] += np.array([1, -1]).astype(np.uint32)
-    ShardIndex(index.kind, index.dtype, index.blocks, lengths).write(path)
-    rewrite(
-        dataset, lambda m: m["shards"][1].update(idx_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    )
+    changed = ShardIndex(index.kind, index.dtype, index.blocks, lengths).write(path)
+    rewrite(dataset, lambda m: m["shards"][1].update(idx_sha256=changed.sha256))
+    assert verify_dataset(dataset, deep=False) == [
+        f"{split_index(dataset)}: it is not the index of the shards of train"
+    ]
+    indices = write_split_indices(dataset, load_manifest(dataset).shards)
+    infos = {split: info.model_dump() for split, info in indices.items()}
+    rewrite(dataset, lambda m: m.update(split_indices=infos))
     assert verify_dataset(dataset, deep=False) == []
     assert verify_dataset(dataset, deep=True) == [
         f"{shard(dataset)}: block 0: lengths are not those of the index"
@@ -241,7 +293,9 @@ def rewrite(dataset: Path, change: Callable[[dict[str, Any]], object], *, sign: 
         keys = ("kind", "dtype", "vocab_size", "special_tokens", "tokenizer_sha256")
         manifest = Manifest.model_validate(content)
         content["fingerprint"] = compute_fingerprint(
-            **{key: content[key] for key in keys}, shards=manifest.shards
+            **{key: content[key] for key in keys},
+            shards=manifest.shards,
+            split_indices=manifest.split_indices,
         )
     path.write_text(json.dumps(content))
 
@@ -259,7 +313,11 @@ def test_manifest_round_trip(dataset: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format_version=2), "format_version 2; this version of rxt-dist reads 1"),
+        (lambda m: m.update(format_version=3), "format_version 3; this version of rxt-dist reads 1 and 2"),
+        (lambda m: m.update(format_version=1), "split_indices are not those"),
+        (lambda m: m["split_indices"].pop("val"), "split_indices are not those"),
+        (lambda m: m["split_indices"]["val"].update(sha256="0" * 64), "fingerprint does not match"),
+        (lambda m: m["split_indices"]["val"].update(bytes=0), "split_indices.val.bytes"),
         (lambda m: m.pop("format_version"), "format_version None"),
         (lambda m: m.update(kind="audio"), "kind"),
         (lambda m: m.update(extra=1), "extra"),

@@ -251,7 +251,7 @@ def test_ranks_can_change_after_every_step(folders, tmp_path, kind):
     whole = steps(source, 12)
     assert whole[-1][2].epoch > 1
     found, cursor = [], None
-    layouts = itertools.cycle([(1, 1), (2, 4), (4, 1), (1, 3), (8, 2), (2, 1)])
+    layouts = itertools.cycle([(1, 1), (2, 2), (4, 0), (1, 2), (8, 1), (2, 0)])
     for (dp_size, prefetch), count in zip(layouts, (1, 2, 1, 1, 3, 1, 2, 1), strict=False):
         found += steps(source, count, dp_size=dp_size, cursor=cursor, prefetch_steps=prefetch)
         cursor = MixCursor.from_dict(json.loads(json.dumps(found[-1][2].to_dict())))

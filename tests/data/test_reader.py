@@ -1,5 +1,4 @@
 import gc
-import hashlib
 import logging
 import re
 import resource
@@ -235,44 +234,63 @@ def test_missing_shard_and_missing_index(fresh):
         dataset.text_document(9)
     with pytest.raises(DataError, match="cannot open the shard: No such file"):
         Dataset(folder, "train")
-    shard.with_suffix(".idx").unlink()
-    with pytest.raises(DataError, match=r"rxt-train-000001\.idx"):
+    (folder / "train" / "rxt-train.idx").unlink()
+    with pytest.raises(DataError, match=r"train/rxt-train\.idx: cannot read the index: No such file"):
         Dataset(folder, "train")
 
 
-def test_index_of_another_shard(tmp_path):
-    folder = write_dataset(tmp_path, "text", [document(20, seed=i) for i in range(10)], documents_per_shard=6)
-    first, second = (folder / "train" / f"rxt-train-{n:06d}.idx" for n in (0, 1))
-    first.write_bytes(second.read_bytes())
-    with pytest.raises(DataError, match=r"rxt-train-000000\.idx is damaged: its sha256 is not that of the"):
-        Dataset(folder, "train")
-
-
-def rewrite_index(path, **arrays):
+def rewrite_index(folder, **arrays):
+    """Give the index of split train other arrays, and the manifest its hash."""
+    path = folder / "train" / "rxt-train.idx"
     index = ShardIndex.read(path)
     values = {name: arrays.get(name, getattr(index, name)) for name in index.__dataclass_fields__}
-    ShardIndex(**values).write(path)
-    folder = path.parent.parent
-    manifest = load_manifest(folder)
-    changed = {"idx_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    shards = [s.model_copy(update=changed) if s.name[:-4] == path.stem else s for s in manifest.shards]
-    manifest = manifest.model_copy(update={"shards": shards})
+    changed = {"split_indices": {"train": ShardIndex(**values).write(path)}}
+    manifest = load_manifest(folder).model_copy(update=changed)
     write_manifest(folder, manifest.model_copy(update={"fingerprint": fingerprint_of(manifest)}))
 
 
 def test_lengths_that_differ_from_the_index_are_refused(tmp_path):
     text = write_dataset(tmp_path / "text", "text", [document(20, 0), document(10, 1)])
-    rewrite_index(text / "train/rxt-train-000000.idx", document_tokens=np.array([19, 11], np.uint32))
+    rewrite_index(text, document_tokens=np.array([19, 11], np.uint32))
     with pytest.raises(DataError, match=r"rxt-train-000000\.tar is damaged: block 0: its lengths"):
         Dataset(text, "train").text_document(0)
     talk = write_dataset(tmp_path / "talk", "conversations", [conversation([([7, 8, 9], [7, 8])])])
     rewrite_index(
-        talk / "train/rxt-train-000000.idx",
+        talk,
         query_tokens=np.array([4], np.uint32),
         answer_tokens=np.array([5], np.uint32),
     )
     with pytest.raises(DataError, match="block 0: its lengths"):
         Dataset(talk, "train").interaction(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "unit"),
+    [
+        ("text", "blocks"),
+        ("text", "documents"),
+        ("conversations", "blocks"),
+        ("conversations", "documents"),
+        ("conversations", "interactions"),
+    ],
+)
+def test_counts_of_shards_that_differ_from_the_index_are_refused(tmp_path, kind, unit):
+    """A unit of one shard is called one of the next: the sums and all hashes agree."""
+    items = {
+        "text": [document(20, i) for i in range(9)],
+        "conversations": [conversation([([7], [8])] * 2) for _ in range(9)],
+    }[kind]
+    folder = write_dataset(tmp_path, kind, items, documents_per_shard=3, block_documents=2)
+    manifest = load_manifest(folder)
+    first, second, third = manifest.shards
+    moved = [
+        first.model_copy(update={unit: getattr(first, unit) + 1}),
+        second.model_copy(update={unit: getattr(second, unit) - 1}),
+    ]
+    manifest = manifest.model_copy(update={"shards": [*moved, third]})
+    write_manifest(folder, manifest.model_copy(update={"fingerprint": fingerprint_of(manifest)}))
+    with pytest.raises(DataError, match=r"rxt-train\.idx has other counts than the manifest"):
+        Dataset(folder, "train")
 
 
 def test_token_ids_outside_of_the_vocabulary_are_refused(tmp_path):

@@ -349,7 +349,12 @@ def test_damage_on_the_server_can_be_left_out(server: FileServer, tmp_path: Path
     [
         ("manifest.json", flip, r"text/manifest\.json"),
         ("manifest.json", lambda content: b"{", r"text/manifest\.json is damaged: not JSON"),
-        ("train/rxt-train-000002.idx", flip, r"rxt-train-000002\.idx is damaged: its sha256"),
+        ("train/rxt-train.idx", flip, r"rxt-train\.idx is damaged: its sha256"),
+        (
+            "train/rxt-train.idx",
+            lambda content: content + b"0",
+            r"rxt-train\.idx is damaged: it has more than",
+        ),
         ("tokenizer/tokenizer.json", flip, r"tokenizer\.json is damaged: its sha256"),
     ],
 )
@@ -446,7 +451,7 @@ def test_joined_indices_are_kept(server: FileServer, folders: Path, tmp_path: Pa
         Dataset(copy, "train")
     (joined,) = (tmp_path / "cache").glob("*/train.idx")
     joined.write_bytes(flip(joined.read_bytes()))
-    with pytest.raises(DataError, match=r"copy/train/rxt-train-000000\.idx: cannot read the index"):
+    with pytest.raises(DataError, match=r"copy/train/rxt-train\.idx: cannot read the index"):
         Dataset(open_files(copy, cache), "train")  # a damaged one is made again
     url = f"{server.url}/talk"
     Dataset(open_files(url, cache), "train")
@@ -454,7 +459,17 @@ def test_joined_indices_are_kept(server: FileServer, folders: Path, tmp_path: Pa
     joined.write_bytes(joined.read_bytes()[:-1])
     before = server.requests.copy()
     assert np.array_equal(Dataset(open_files(url, cache), "train").index.blocks, whole.blocks)
-    assert len(server.requests - before) > 2
+    assert server.requests - before == {"talk/manifest.json": 1, "talk/train/rxt-train.idx": 1}
+
+
+def test_a_remote_dataset_without_split_indices_is_read(tmp_path: Path) -> None:
+    texts = [document(20, seed=i) for i in range(20)]
+    write_dataset(tmp_path / "site" / "old", "text", texts, documents_per_shard=4, format_version=1)
+    with serve(tmp_path / "site") as server:
+        dataset = remote_dataset(f"{server.url}/old", tmp_path / "cache")
+        assert dataset.text_document(17).tolist() == texts[17].tolist()
+        indices = {path: count for path, count in server.requests.items() if path.endswith(".idx")}
+    assert indices == {f"old/train/rxt-train-{number:06d}.idx": 1 for number in range(5)}
 
 
 def test_a_folder_that_cannot_be_written(server: FileServer, tmp_path: Path) -> None:

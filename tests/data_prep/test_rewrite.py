@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from prep_corpus import CONVERSATIONS, STORIES, write_jsonl
 
-from rxt_dist.data.manifest import load_manifest
+from rxt_dist.data.manifest import fingerprint_of, load_manifest, write_manifest
 from rxt_dist.data.verify import verify_dataset
 
 Run = Callable[..., tuple[int, str, str]]
@@ -65,6 +66,23 @@ def test_resharding_equals_building_with_that_size(
     assert contents(tmp_path / "a") == contents(small)
     assert run("reshard", small, "--output", tmp_path / "b")[0] == 0
     assert contents(tmp_path / "b") == contents(big)
+
+
+def test_datasets_of_version_1_become_those_of_version_2(
+    run: Run, shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    new = shard("new", "conversations", "talks.jsonl", **{"shard-bytes": 10_240})
+    old = Path(shutil.copytree(new, tmp_path / "old"))
+    changed = {"format_version": 1, "split_indices": {}}
+    manifest = load_manifest(old).model_copy(update=changed)
+    write_manifest(old, manifest.model_copy(update={"fingerprint": fingerprint_of(manifest)}))
+    for split in ("train", "val"):
+        (old / split / f"rxt-{split}.idx").unlink()
+    assert verify_dataset(old, deep=True) == []
+    assert "shards: " in run("stats", old)[1]
+    assert run("head", old)[1] == run("head", new)[1]
+    assert run("reshard", old, "--shard-bytes", 10_240, "--output", tmp_path / "again")[0] == 0
+    assert contents(tmp_path / "again") == contents(new)
 
 
 def test_counts_of_merged_datasets_add_up(run: Run, shard: Callable[..., Path], tmp_path: Path) -> None:

@@ -109,10 +109,15 @@ def test_output_does_not_depend_on_workers_or_place(
 ) -> None:
     source = corpus / ("stories.jsonl" if kind == "text" else "conversations.jsonl")
     paths = [write_jsonl(tmp_path / "many.jsonl", [json.loads(line) for line in source.open()] * 10), source]
-    one = build(kind, paths, tokenizer_folder, tmp_path / "one", val_fraction=0.2)
-    build(kind, paths, tokenizer_folder, tmp_path / "deep" / "er" / "two", val_fraction=0.2, workers=2)
-    assert files(tmp_path / "one") == files(tmp_path / "deep" / "er" / "two")
+    options = {"val_fraction": 0.2, "shard_bytes": 10_240}
+    one = build(kind, paths, tokenizer_folder, tmp_path / "one", **options)
     assert one.counts["train"].documents > 256  # more than one chunk
+    assert len(one.shards_of("train")) > 1
+    assert len(one.split_indices) == 2
+    for workers, part_bytes in ((1, 16 << 20), (1, 4000), (2, 4000), (3, 1500)):
+        folder = tmp_path / "deep" / f"{workers}-{part_bytes}"
+        build(kind, paths, tokenizer_folder, folder, workers=workers, part_bytes=part_bytes, **options)
+        assert files(folder) == files(tmp_path / "one")
 
 
 def test_every_shard_is_readable_by_stock_webdataset(

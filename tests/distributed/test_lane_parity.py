@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.datasets import Datasets
+from helpers.datasets import Datasets, with_system_prompts
 from helpers.launch import run_ranks
 from helpers.plain_smat import PlainSmat
 from helpers.runs import (
@@ -48,6 +48,8 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "2 ranks, accumulation": (2, {"batch.micro_lanes": 1}),
     "4 ranks, 4 expert ranks": (4, {"parallel.expert_size": 4}),
     "1 rank, window 1": (1, {"batch.window": 1}),
+    "1 rank, two datasets": (1, {"data.conversations": "mixed"}),
+    "2 ranks, two datasets, accumulation": (2, {"data.conversations": "mixed", "batch.micro_lanes": 1}),
     "2 ranks, window 1, ZeRO 2": (2, {"batch.window": 1, "batch.micro_lanes": 1, "zero.stage": 2}),
 }
 PAIRS = [
@@ -56,6 +58,7 @@ PAIRS = [
     ("1 rank", "2 ranks, accumulation"),
     ("1 rank", "4 ranks, 4 expert ranks"),
     ("1 rank, window 1", "2 ranks, window 1, ZeRO 2"),
+    ("1 rank, two datasets", "2 ranks, two datasets, accumulation"),
 ]
 
 
@@ -64,9 +67,13 @@ class Runs(dict[str, Path]):
 
     def __init__(self, datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> None:
         self._datasets, self._make_folder = datasets, tmp_path_factory.mktemp
+        prompted = with_system_prompts(datasets, tmp_path_factory.mktemp("prompted"))
+        self._mixed = f"[{{path: {prompted}, weight: 2}}, {{path: {datasets.conversations}}}]"
 
     def __missing__(self, name: str) -> Path:
         (ranks, own), folder = MESHES[name], self._make_folder("mesh")
+        if own.get("data.conversations") == "mixed":
+            own = own | {"data.conversations": self._mixed}
         run_ranks(ranks, arguments(self._datasets, folder / "run", SETTINGS | own), folder).check()
         self[name] = folder / "run"
         return self[name]
@@ -140,7 +147,9 @@ def test_records_hold_the_losses_of_their_stage(runs: Runs) -> None:
         assert record["loss"] == pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("mesh", ["2 ranks, accumulation", "2 ranks, window 1, ZeRO 2"])
+@pytest.mark.parametrize(
+    "mesh", ["2 ranks, accumulation", "2 ranks, window 1, ZeRO 2", "2 ranks, two datasets, accumulation"]
+)
 def test_smat_is_plain_autograd_over_all_lanes(runs: Runs, mesh: str) -> None:
     set_attention_backend("sdpa", torch.device("cpu"), torch.float32)
     config = load_config(runs[mesh] / "config.yaml")

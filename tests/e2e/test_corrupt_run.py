@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.datasets import Datasets
+from helpers.datasets import Datasets, with_system_prompts
 from helpers.launch import Result, run_ranks
 from helpers.runs import (
     SMALL,
@@ -69,9 +69,10 @@ def damaged_folders(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory
 def settings(datasets: Datasets, damaged_folders: dict[str, Path]) -> dict[str, Any]:
     text = damaged_folders["text"]
     parts = f"{{path: {datasets.fewer_stories}}}, {{path: {text}, weight: 2}}"
+    talks = f"{{path: {damaged_folders['conversations']}, weight: 3}}, {{path: {datasets.conversations}}}"
     return SMALL | {
         "data.text": f"[{parts}]",
-        "data.conversations": damaged_folders["conversations"],
+        "data.conversations": f"[{talks}]",
         "data.on_corrupt": "skip",
         "data.max_corrupt_blocks": 2,
         "batch.lanes": 4,
@@ -208,18 +209,6 @@ def test_by_default_damage_ends_the_run(start: Start, datasets: Datasets, tmp_pa
     assert any(f"{text / 'train' / 'rxt-train-000000.tar'} is damaged" in line for line in refusals(result))
 
 
-def test_several_datasets_of_conversations_are_only_for_the_stage_without_lanes(
-    start: Start, datasets: Datasets, settings: dict[str, Any]
-) -> None:
-    parts = f"[{{path: {datasets.conversations}}}, {{path: {settings['data.conversations']}, weight: 3}}]"
-    result = start({"data.conversations": parts})
-    assert result.codes == [2, 2]
-    (line,) = refusals(result)
-    assert "data.conversations: found 2 datasets; valid for stage 2 (memory_attention): one" in line
-    stages = {"stages": "[{name: interaction_sft, steps: 2}]"}
-    start({"data.conversations": parts, **stages, "data.on_corrupt": "skip"}).check()
-
-
 def test_a_mixed_dataset_with_another_tokenizer_is_refused(start: Start, datasets: Datasets) -> None:
     parts = f"[{{path: {datasets.text}}}, {{path: {datasets.other_tokenizer}}}]"
     result = start({"data.text": parts})
@@ -241,8 +230,9 @@ def test_a_changed_dataset_is_accepted_only_when_told(
     (run_dir / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
     epoch = 1 + max(_epochs(trainer_state(checkpoints(run_dir)[step])["data_state"]))
     name = {2: "data.text", 10: "data.conversations"}[step]
-    # Another dataset of the same kind: one less of the mixture, or the intact conversations.
-    other = {2: datasets.fewer_stories, 10: _other_conversations(datasets, tmp_path)}[step]
+    # One dataset less in the mixture of texts, or one more in that of conversations.
+    added = f", {{path: {with_system_prompts(datasets, tmp_path)}, weight: 2}}]"
+    other = {2: datasets.fewer_stories, 10: settings["data.conversations"].replace("]", added)}[step]
     changed = settings | {name: other}
     refused = run_ranks(1, [*arguments(datasets, "run", changed), "--resume"], tmp_path)
     assert refused.codes == [2]
@@ -256,15 +246,8 @@ def test_a_changed_dataset_is_accepted_only_when_told(
     assert [record["step"] for record in records] == list(range(1, SAVED[-1] + 1))
     saved = trainer_state(checkpoints(run_dir)[{2: 3, 10: 12}[step]])
     assert min(_epochs(saved["data_state"])) >= epoch
-    if step == 2:
-        assert len(saved["data_state"]["datasets"]) == 1
+    assert len(saved["data_state"]["datasets"]) == {2: 1, 10: 3}[step]
 
 
 def _epochs(state: Mapping[str, Any]) -> list[int]:
-    return [place["epoch"] for place in state.get("datasets", [state])]
-
-
-def _other_conversations(datasets: Datasets, folder: Path) -> Path:
-    from helpers.datasets import with_system_prompts
-
-    return with_system_prompts(datasets, folder)
+    return [place["epoch"] for place in state["datasets"]]

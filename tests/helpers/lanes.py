@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,8 +110,8 @@ class MemoryPieces:
         self.lengths = np.array([len(one.tokens) for one in self.flat], dtype=np.int32)
         self.answer_kept = np.array([one.answer for one in self.flat], dtype=np.int64)
         counts = np.array([len(conversation) for conversation in conversations], dtype=np.uint32)
-        starts = np.cumsum(counts.astype(np.int64)) - counts
-        self.dataset = SimpleNamespace(interactions=counts, interaction_starts=starts, lost=self.lost)
+        self.interaction_counts = counts
+        self.interaction_starts = np.cumsum(counts.astype(np.int64)) - counts
         self.prompts = prompts or [[] for _ in conversations]
         self.prompt_kept = np.array([len(prompt) for prompt in self.prompts], dtype=np.int64)
 
@@ -121,6 +120,8 @@ class MemoryPieces:
 
     def lost(self, numbers: np.ndarray) -> np.ndarray:
         return np.zeros(len(numbers), dtype=np.bool_)
+
+    lost_conversations = lost
 
     def damage(self) -> dict[tuple[int, int], str]:
         return {}
@@ -238,10 +239,18 @@ class Place:
     number: int
 
 
-def timeline(source: Any, lanes: int, positions: int, key: int = KEY) -> list[list[Place]]:
-    """What every lane serves at every position: [position][lane]."""
-    schedule = LaneSchedule(source.dataset.interactions, key=key, lanes=lanes)
-    window, _ = schedule.next_window(LaneState.initial(lanes), positions)
+def timeline(
+    source: Any,
+    lanes: int,
+    positions: int,
+    key: int = KEY,
+    sizes: Sequence[int] | None = None,
+    weights: Sequence[int] = (1,),
+) -> list[list[Place]]:
+    """What every lane serves at every position: [position][lane]; ``sizes`` are those of the datasets."""
+    counts = source.interaction_counts
+    schedule = LaneSchedule(counts, key=key, lanes=lanes, sizes=sizes, weights=weights)
+    window, _ = schedule.next_window(LaneState.initial(lanes, len(weights)), positions)
     return [
         [
             Place(int(window.visits[g, t]), int(window.conversations[g, t]), int(window.interactions[g, t]))

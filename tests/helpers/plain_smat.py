@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from helpers.lanes import MemoryPieces, fresh_stm, plain_answer, plain_write, stored_conversations, timeline
 from torch import nn
 
 from rxt_dist.config import RunConfig, stage_optimizer
-from rxt_dist.data.pieces import InteractionPieces
 from rxt_dist.data.reader import Dataset
 from rxt_dist.model import RxTModel, SequenceLayout
 from rxt_dist.randomness import derive_key
@@ -30,17 +30,19 @@ class PlainSmat:
         self.config, self.model, self.steps = config, model, steps
         self.stage = config.stages[index]
         self.settings = stage_optimizer(config, self.stage)
-        assert config.data.conversations is not None
-        source = InteractionPieces(Dataset(config.data.conversations, "train"), config.model.seq_len)
-        stored = stored_conversations(config.data.conversations, "train", config.model.seq_len)
+        mixed = config.data.datasets("conversations")
+        length = config.model.seq_len
+        stored = [stored_conversations(Path(one.path), "train", length) for one in mixed]
         self.prompts = [
-            source.dataset.system_prompt(number).tolist()[: config.model.seq_len]
-            for number in range(len(stored))
+            dataset.system_prompt(number).tolist()[:length]
+            for dataset in (Dataset(Path(one.path), "train") for one in mixed)
+            for number in range(dataset.num_documents)
         ]
-        self.source = MemoryPieces(stored)
+        self.source = MemoryPieces([talk for dataset in stored for talk in dataset])
         self.window, self.lanes = config.batch.window, config.batch.lanes or 0
         key = derive_key(config.seed, "stage", "smat", index)
-        self.places = timeline(self.source, self.lanes, steps * self.window, key)
+        sizes, weights = [len(dataset) for dataset in stored], [one.weight for one in mixed]
+        self.places = timeline(self.source, self.lanes, steps * self.window, key, sizes, weights)
         self.carried: dict[int, torch.Tensor] = {}
         self.prompts_written = 0
         self._optimizers: dict[int, torch.optim.AdamW] = {}

@@ -1,14 +1,18 @@
-"""Which rank saves what lanes carry."""
+"""Which rank saves what lanes carry, and what is said of the datasets."""
 
 from __future__ import annotations
 
+import logging
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from rxt_dist.data.conversations import MixedConversations
 from rxt_dist.parallel.bootstrap import World
-from rxt_dist.train.feed import LaneFeed
+from rxt_dist.train.feed import LaneFeed, report_shares
 
 
 @pytest.mark.parametrize(("rank", "lanes"), [(0, [0, 1]), (1, []), (2, [2, 3]), (3, [])])
@@ -24,3 +28,25 @@ def test_ranks_that_share_tensors_save_their_lanes_once(rank: int, lanes: list[i
         ((offsets, values),) = fragment.chunks
         assert offsets == (0,)
         assert torch.equal(values, stm[:, column].flatten())
+
+
+def test_weights_are_told_in_interactions(caplog: pytest.LogCaptureFixture) -> None:
+    """Twice as many conversations, half as long: as many interactions."""
+    caplog.set_level(logging.INFO)
+    counts = {"short": [2, 2, 2, 2], "long": [3, 5, 4], "rest": [1, 3, 2]}
+    source = MixedConversations.__new__(MixedConversations)
+    source.parts = [  # type: ignore[assignment]
+        SimpleNamespace(dataset=SimpleNamespace(name=name), interaction_counts=np.array(own, dtype=np.uint32))
+        for name, own in counts.items()
+    ]
+    source.weights = [2, 1, 1]
+    report_shares(source)
+    assert [record.getMessage() for record in caplog.records] == [
+        "short: 50.0 % of the conversations, 40.0 % of the interactions of this stage",
+        "long: 25.0 % of the conversations, 40.0 % of the interactions of this stage",
+        "rest: 25.0 % of the conversations, 20.0 % of the interactions of this stage",
+    ]
+    caplog.clear()
+    one: Any = source.parts[0]
+    report_shares(one)
+    assert not caplog.records

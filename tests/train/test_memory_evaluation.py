@@ -209,6 +209,21 @@ def test_the_number_of_conversations_can_be_limited() -> None:
 
 
 @torch.no_grad()
+def test_conversations_chosen_of_several_datasets_are_those_evaluated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All start from the same memory, so that nothing else depends on their numbers."""
+    conversations, chosen = marked_conversations(), [1, 2, 4, 6, 7]
+    config = lane_config(batch__lanes=2, model__stm_init="{distribution: standard, shared: true}")
+    module = lane_module(config, taught(config, conversations)).eval()
+    few = MemoryPieces([conversations[number] for number in chosen])
+    expected = evaluate_memory(module, few, config, world())  # type: ignore[arg-type]
+    monkeypatch.setattr(memory_evaluation, "first_conversations", lambda source, limit: np.array(chosen))
+    found = evaluate_memory(module, MemoryPieces(conversations), config, world())  # type: ignore[arg-type]
+    assert found == expected
+
+
+@torch.no_grad()
 def test_a_single_conversation_has_no_foreign_memory() -> None:
     conversations = marked_conversations()[2:3]
     config = lane_config(batch__lanes=4)
