@@ -65,6 +65,16 @@ class ParallelConfig(Section):
     """Ranks that share the heads and hidden channels of every layer and the vocabulary (axis tp)."""
     expert_size: int = Field(1, ge=1)
     """Ranks that share the experts of a layer (axis ep)."""
+    sequence_parallel: bool = False
+    """Whether the ranks that share tensors also divide the tokens between products (norms, residuals,
+    routers); needs a tensor_size above 1."""
+
+    @model_validator(mode="after")
+    def _check_sequence(self) -> Self:
+        if self.sequence_parallel and self.tensor_size == 1:
+            valid = "tensor_size is 1, so that there is nobody to divide tokens with; valid: false"
+            report([Problem("sequence_parallel", f"found true, but {valid}, or a larger tensor_size")])
+        return self
 
 
 class ZeroConfig(Section):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rxt_dist.config.base import divisors
-from rxt_dist.model.attention import CrossAttention, SelfAttention
+from rxt_dist.model.attention import CrossAttention, SelfAttention, TokenAttention
 from rxt_dist.model.cache import KeysValues
 from rxt_dist.model.memory_attention import StackedAttention
 from rxt_dist.parallel.regions import enter_parts
@@ -28,6 +28,7 @@ from rxt_dist.parallel.tensor_layers import (
     StackedRow,
     StackedSharedHeads,
     TensorRank,
+    take_over,
 )
 
 
@@ -77,15 +78,20 @@ def _fewest(partners: list[int], reverse: bool) -> list[int]:
 class _Dealt(nn.Module):
     """What the attentions below have in common; mixed into the attention that they replace."""
 
+    _tensor: TensorRank
+
     def partial_parameters(self) -> list[str]:
         """Head norms are copies, of which each rank sees its heads."""
         return [f"{name}.weight" for name in ("query_norm", "key_norm") if getattr(self, name) is not None]
 
 
-def _take_over(part: nn.Module, whole: nn.Module) -> None:
-    """Give ``part`` all that ``whole`` has, before what differs is replaced."""
-    vars(part).update(vars(whole))
-    part._parameters, part._modules = dict(whole._parameters), dict(whole._modules)
+class _DealtTokens(_Dealt, TokenAttention):
+    """The same where queries are tokens."""
+
+    def _read_tokens(self, projection: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        maps: list[Any] = [projection] if self.gate is None else [projection, self.gate]
+        heads, *gate = self._tensor.products(x, [one.matrix() for one in maps])
+        return self._heads(heads), gate[0] if gate else None
 
 
 def _share_outputs(
@@ -112,12 +118,12 @@ def _projection(
     return SharedHeads(whole, len(sides), head_width, sides[0].numbers)
 
 
-class TensorSelfAttention(_Dealt, SelfAttention):
+class TensorSelfAttention(_DealtTokens, SelfAttention):
     """Some heads of ``whole``; stands where it stood."""
 
     def __init__(self, whole: SelfAttention, tensor: TensorRank) -> None:
         nn.Module.__init__(self)
-        _take_over(self, whole)
+        take_over(self, whole)
         self._tensor = tensor
         query, kv = deal_heads(whole.query_heads, whole.kv_heads, tensor.rank, tensor.size)
         self._whole_rows = [side.total * self.head_width for side in (query, kv, kv)]
@@ -138,16 +144,13 @@ class TensorSelfAttention(_Dealt, SelfAttention):
             return {"qkv.first.weight": [query], "qkv.second.weight": [key, value]}
         return {"qkv.weight": [query, key, value]}
 
-    def forward(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        return super().forward(enter_parts(x, self._tensor.ranks), *arguments)
 
-
-class TensorCrossAttention(_Dealt, CrossAttention):
+class TensorCrossAttention(_DealtTokens, CrossAttention):
     """Some heads of ``whole``; stands where it stood."""
 
     def __init__(self, whole: CrossAttention, tensor: TensorRank) -> None:
         nn.Module.__init__(self)
-        _take_over(self, whole)
+        take_over(self, whole)
         self._tensor = tensor
         query, kv = deal_heads(whole.query_heads, whole.kv_heads, tensor.rank, tensor.size)
         self._whole_rows = kv.total * self.head_width
@@ -161,16 +164,13 @@ class TensorCrossAttention(_Dealt, CrossAttention):
     def read(self, memory: torch.Tensor) -> KeysValues:
         return super().read(enter_parts(memory, self._tensor.ranks))
 
-    def forward(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        return super().forward(enter_parts(x, self._tensor.ranks), *arguments)
-
 
 class TensorStackedAttention(_Dealt, StackedAttention):
     """Some heads of ``whole``, of all layers; stands where it stood."""
 
     def __init__(self, whole: StackedAttention, tensor: TensorRank) -> None:
         nn.Module.__init__(self)
-        _take_over(self, whole)
+        take_over(self, whole)
         self._tensor = tensor
         width = self.head_width
         query_heads, kv_heads = (linear.weight.shape[1] // width for linear in (whole.q, whole.k))

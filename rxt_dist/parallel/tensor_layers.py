@@ -27,25 +27,75 @@ from rxt_dist.parallel.megatron import (
     VocabParallelEmbedding,
     get_pg_size,
 )
-from rxt_dist.parallel.regions import leave_parts
+from rxt_dist.parallel.regions import (
+    enter_parts,
+    gather_slices,
+    gathered_products,
+    leave_parts,
+    scatter_parts,
+    slice_of,
+)
+
+
+class Pass:
+    """The pass of encoder or decoder that runs now, of whose tokens each rank has a slice between products.
+
+    ``rows`` are its tokens, of all slices; the embedding, with which every pass begins, sets them.
+    """
+
+    rows = 0
 
 
 class TensorRank(NamedTuple):
-    """This rank among those that share tensors. ``group`` is None where nothing is computed, as in plans."""
+    """This rank among those that share tensors. ``group`` is None where nothing is computed, as in plans.
+
+    ``sliced`` is None where every rank has all tokens between products.
+    """
 
     rank: int
     size: int
     group: dist.ProcessGroup | None
+    sliced: Pass | None = None
 
     @property
     def ranks(self) -> dist.ProcessGroup:
         assert self.group is not None
         return self.group
 
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """All tokens [N, ...] of which the ranks compute parts, of the rows that this one has."""
+        if self.sliced is None:
+            return enter_parts(x, self.ranks)
+        return gather_slices(x, self._rows_beside(x), self.ranks)
+
+    def leave(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows that this rank goes on with of the sum of the ranks' ``x`` [N, ...]."""
+        return leave_parts(x, self.ranks) if self.sliced is None else scatter_parts(x, self.ranks)
+
+    def products(self, x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """``enter(x) @ matrix.T`` for each of ``matrices`` [o, I]; tokens that were gathered are not kept."""
+        if self.sliced is None:
+            rows = enter_parts(x, self.ranks)
+            return [F.linear(rows, matrix) for matrix in matrices]
+        return gathered_products(x, matrices, self._rows_beside(x), self.ranks)
+
+    def _rows_beside(self, x: torch.Tensor) -> int:
+        """Tokens of the pass, of which ``x`` is this rank's slice."""
+        assert self.sliced is not None
+        rows, own = self.sliced.rows, slice_of(self.sliced.rows, self.ranks)
+        assert x.shape[0] == own.stop - own.start, (x.shape[0], rows)
+        return rows
+
     def part_of(self, total: int) -> range:
         """The consecutive entries of ``total`` that this rank holds; all ranks hold equally many."""
         count = total // self.size
         return range(self.rank * count, (self.rank + 1) * count)
+
+
+def take_over(part: nn.Module, whole: nn.Module) -> None:
+    """Give ``part`` all that ``whole`` has, before what differs is replaced."""
+    vars(part).update(vars(whole))
+    part._parameters, part._modules = dict(whole._parameters), dict(whole._modules)
 
 
 def _megatron_config(tensor: TensorRank) -> ModelParallelConfig:
@@ -62,7 +112,8 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
     """Some outputs of a linear map. x [N, I] -> [N, o].
 
     ``whole`` is the map, ``held`` the outputs of each of the canonical tensors that it consists of, of
-    ``rows`` outputs each. With ``adds_gradient`` false the caller adds up the gradients of x over the ranks.
+    ``rows`` outputs each. With ``adds_gradient`` false x are all tokens, and the caller adds up its gradients
+    over the ranks; else x are the rows that the rank has.
     """
 
     def __init__(
@@ -87,6 +138,12 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
             )
         self.in_features, self.out_features = whole.in_features, outputs
         self._pieces = list(zip(rows, held, strict=True))
+        self._tensor = tensor if adds_gradient and tensor.sliced is not None else None
+
+    def matrix(self) -> torch.Tensor:
+        """What it multiplies by: [o, I]."""
+        weight: torch.Tensor = self.weight
+        return weight
 
     def cuts(self) -> dict[str, list[Cut]]:
         found = {"weight": [Cut.along(0, (rows, self.in_features), held) for rows, held in self._pieces]}
@@ -98,12 +155,16 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
         return dict.fromkeys(("weight", "bias"), linear_default(self.in_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._tensor is not None:
+            (own,) = self._tensor.products(x, [self.weight])
+            return own if self.bias is None else own + self.bias
         out: torch.Tensor = super().forward(x)[0]
         return out
 
 
 class RowLinear(RowParallelLinear):  # type: ignore[misc]
-    """A linear map of which every rank has some of the inputs. x [N, i] -> [N, O], the same on all ranks."""
+    """A linear map of which every rank has some of the inputs. x [N, i] -> [N, O], the same on all ranks, or
+    the rank's slice [n, O]."""
 
     def __init__(self, whole: nn.Linear, held: range, tensor: TensorRank) -> None:
         with whole.weight.device:
@@ -119,6 +180,10 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
             )
         self.in_features, self.out_features = len(held), whole.out_features
         self._whole_inputs, self._held = whole.in_features, held
+        self._tensor = tensor
+
+    def partial_parameters(self) -> list[str]:
+        return ["bias"] if self.bias is not None and self._tensor.sliced is not None else []
 
     def cuts(self) -> dict[str, list[Cut]]:
         return {"weight": [Cut.along(1, (self.out_features, self._whole_inputs), self._held)]}
@@ -127,12 +192,15 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
         return dict.fromkeys(("weight", "bias"), linear_default(self._whole_inputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._tensor.sliced is not None:
+            own = self._tensor.leave(F.linear(x, self.weight))
+            return own if self.bias is None else own + self.bias
         out: torch.Tensor = super().forward(x)[0]
         return out
 
 
 class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
-    """Rows of an embedding. int64 [N] -> [N, D], the same on all ranks.
+    """Rows of an embedding. int64 [N] -> [N, D], the same on all ranks, or the rank's slice [n, D].
 
     Ranks hold equally many rows; those beyond the vocabulary are zeros that no token looks up.
     """
@@ -147,13 +215,18 @@ class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
                 init_method=_no_values,
                 tp_group=tensor.group,
             )
-        self._vocabulary, self._held = whole.num_embeddings, rows
+        self._vocabulary, self._held, self._tensor = whole.num_embeddings, rows, tensor
 
     def cuts(self) -> dict[str, list[Cut]]:
         held = real_rows(self._vocabulary, self._held)
         return {"weight": [Cut.along(0, (self._vocabulary, self.embedding_dim), held)]}
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self._tensor.sliced is not None:
+            self._tensor.sliced.rows = tokens.shape[0]
+            elsewhere = (tokens < self._held.start) | (tokens >= self._held.stop)
+            rows = F.embedding((tokens - self._held.start).masked_fill(elsewhere, 0), self.weight)
+            return self._tensor.leave(rows.masked_fill(elsewhere[:, None], 0.0))
         out: torch.Tensor = super().forward(tokens)
         return out
 
@@ -182,20 +255,25 @@ class SharedHeads(nn.Linear):
     def partial_parameters(self) -> list[str]:
         return ["weight"]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def matrix(self) -> torch.Tensor:
+        """What it multiplies by: [pieces * heads * d, I]."""
         weight = self.weight.view(self._pieces, -1, self._head_width, self.in_features)
-        return F.linear(x, pick_heads(weight, self._heads).reshape(-1, self.in_features))
+        return pick_heads(weight, self._heads).reshape(-1, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.matrix())
 
 
 class JoinedLinear(nn.Module):
-    """Two projections of the same input, joined: x [N, I] -> [N, o of the first + o of the second]."""
+    """Two projections of the same input, joined."""
 
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+    def __init__(self, first: ColumnLinear | SharedHeads, second: ColumnLinear | SharedHeads) -> None:
         super().__init__()
         self.first, self.second = first, second
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.first(x), self.second(x)], dim=-1)
+    def matrix(self) -> torch.Tensor:
+        """What it multiplies by: [o of the first + o of the second, I]."""
+        return torch.cat([self.first.matrix(), self.second.matrix()])
 
 
 class StackedColumn(StackedLinear):

@@ -106,6 +106,8 @@ class Case(NamedTuple):
     """Other settings of the run."""
     tensor_size: int = 1
     heads: str = "as tiny"
+    sequence: bool = False
+    """Whether tensor-parallel ranks divide the tokens between products."""
 
     @property
     def dp_size(self) -> int:
@@ -129,6 +131,7 @@ def _config(case: Case) -> RunConfig:
         "zero.stage": case.zero,
         "parallel.expert_size": case.expert_size,
         "parallel.tensor_size": case.tensor_size,
+        "parallel.sequence_parallel": case.sequence,
         "runtime.recompute": case.recompute,
         "optimizer": f"{{clip_norm: {CLIP}, schedule: constant}}",
         **{f"model.decoder.moe.{name}": value for name, value in VARIANTS[case.variant].items()},
@@ -191,7 +194,7 @@ def whole_model(case: Case) -> RxTModel:
 
 
 def model_of_rank(case: Case, whole: RxTModel, rank: int) -> RxTModel:
-    mesh = Mesh(case.world, case.tensor_size, case.expert_size)
+    mesh = Mesh(case.world, case.tensor_size, case.expert_size, case.sequence)
     model = build_model(case.config().model, 0, lambda one: parallelize(one, mesh, rank))
     source = canonical_values(whole, named_tensors(whole))
     target = named_tensors(model)

@@ -1,0 +1,71 @@
+"""Encoder and decoder whose tokens tensor-parallel ranks divide between products (sequence parallelism).
+
+From the embedding to the end of the last layer each rank has the residual stream of its slice of the tokens:
+it norms, routes and adds what is in it. Products gather all tokens, and their sums are scattered again (see
+:mod:`rxt_dist.parallel.regions`). What is read behind them, memories and heads, is whole on every rank.
+
+Shape legend: L layers, N tokens of a pass, n of this rank's slice, D embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from rxt_dist.model.decoder import Decoder, DecoderOutput
+from rxt_dist.model.encoder import Encoder
+from rxt_dist.model.moe import MoE
+from rxt_dist.parallel.regions import join_slices, leave_parts
+from rxt_dist.parallel.tensor_layers import TensorRank, take_over
+
+# Not the norm of what is read of a memory, which every rank has whole.
+_NORMS = ("attention_norm", "cross_norm", "feed_forward_norm", "head_norm")
+
+
+class SlicedEncoder(Encoder):
+    """``whole``, whose layers divide the tokens; stands where it stood. The result [L, N, D] is joined."""
+
+    def __init__(self, whole: Encoder, tensor: TensorRank) -> None:
+        nn.Module.__init__(self)
+        take_over(self, whole)
+        self._tensor = tensor
+
+    def partial_parameters(self) -> list[str]:
+        """Each rank's norms see its slice."""
+        return _norm_parameters(self)
+
+    def forward(self, tokens: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        own = super().forward(tokens, *arguments).transpose(0, 1)  # [n, L, D]
+        return join_slices(own, tokens.shape[0], self._tensor.ranks).transpose(0, 1).contiguous()
+
+
+class SlicedDecoder(Decoder):
+    """``whole``, whose layers divide the tokens; stands where it stood. The results are joined."""
+
+    def __init__(self, whole: Decoder, tensor: TensorRank) -> None:
+        nn.Module.__init__(self)
+        take_over(self, whole)
+        self._tensor = tensor
+        self._has_experts = any(isinstance(part, MoE) for part in whole.modules())
+
+    def partial_parameters(self) -> list[str]:
+        """Each rank's norms see its slice."""
+        return _norm_parameters(self)
+
+    def forward(self, tokens: torch.Tensor, *arguments: Any) -> DecoderOutput:
+        own = super().forward(tokens, *arguments)
+        group = self._tensor.ranks
+        output = replace(own, hidden=join_slices(own.hidden, tokens.shape[0], group))
+        if self._has_experts:
+            aux_sum, z_sum = leave_parts(torch.stack([own.aux_sum, own.z_sum]), group)
+            output = replace(output, aux_sum=aux_sum, z_sum=z_sum)
+        return output
+
+
+def _norm_parameters(module: nn.Module) -> list[str]:
+    """Names of the parameters of those norms in ``module`` through which the residual stream is read."""
+    names = [name for name, _ in module.named_parameters()]
+    return [name for name in names if name.split(".")[-2] in _NORMS]
