@@ -9,6 +9,8 @@ H = max(Hq, Hk), d head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -41,12 +43,19 @@ class TokenAttention(nn.Module):
     def _heads(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.view(*rows.shape[:-1], rows.shape[-1] // self.head_width, self.head_width)
 
+    def _map(self, x: torch.Tensor, maps: Sequence[nn.Module]) -> Sequence[torch.Tensor]:
+        """The query input ``x`` [N, D] through each of ``maps``."""
+        return [one(x) for one in maps]
+
     def _read_tokens(
-        self, projection: nn.Module, x: torch.Tensor
+        self, x: torch.Tensor, projection: nn.Module
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the query input ``x`` [N, D] is mapped to: heads [N, heads, d], by ``projection``, and the
-        gate [N, H * d], before its sigmoid, if there is one."""
-        return self._heads(projection(x)), None if self.gate is None else self.gate(x)
+        """The heads [N, heads, d] that ``projection`` makes of ``x`` [N, D], and the gate [N, H * d] before
+        its sigmoid, if there is one."""
+        if self.gate is None:
+            return self._heads(self._map(x, [projection])[0]), None
+        heads, gate = self._map(x, [projection, self.gate])
+        return self._heads(heads), gate
 
     def _project(self, heads: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         """Heads [N, H, d] -> [N, D]."""
@@ -83,7 +92,7 @@ class SelfAttention(TokenAttention):
         rotation: Rotation | None,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        heads, gate = self._read_tokens(self.qkv, x)
+        heads, gate = self._read_tokens(x, self.qkv)
         q, k, v = torch.split(heads, [self.query_heads, self.kv_heads, self.kv_heads], dim=-2)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -122,7 +131,7 @@ class CrossAttention(TokenAttention):
     def forward(
         self, x: torch.Tensor, memory: KeysValues, layout: AttentionLayout, rotation: Rotation | None
     ) -> torch.Tensor:
-        q, gate = self._read_tokens(self.q, x)
+        q, gate = self._read_tokens(x, self.q)
         if self.query_norm is not None:
             q = self.query_norm(q)
         if rotation is not None:

@@ -6,7 +6,7 @@ each computes a part of all rows.
 
 | from | to | | forward | backward |
 |---|---|---|---|---|
-| whole | parts | :func:`enter_parts` | nothing | sum |
+| whole | parts | :func:`enter_parts`, :func:`whole_products` | nothing | sum |
 | parts | whole | :func:`leave_parts` | sum | nothing |
 | slices | parts | :func:`gather_slices`, :func:`gathered_products` | gather | sum, slice |
 | parts | slices | :func:`scatter_parts` | sum, slice | gather |
@@ -16,7 +16,7 @@ each computes a part of all rows.
 Megatron-core has mappings like these, which run on CUDA devices only and on equal slices.
 
 Shape legend: N rows, R ranks of the group, c = ceil(N / R) rows of a slice; the last slices may be shorter
-or empty, n the rows of this rank's. D inputs and O outputs of a product.
+or empty, n the rows of this rank's. D inputs and O outputs of a product, L layers.
 """
 
 from __future__ import annotations
@@ -82,12 +82,29 @@ def gathered_products(
     return out
 
 
+def whole_products(
+    x: torch.Tensor, matrices: Sequence[torch.Tensor], group: dist.ProcessGroup
+) -> tuple[torch.Tensor, ...]:
+    """``x @ matrix.mT`` [L, N, O] for each of ``matrices`` [L, O, D], of ``x`` [L or 1, N, D], which every
+    rank has and goes on to compute a part of; its gradients are added up.
+
+    For the backward pass only this rank's slice of ``x`` is kept; the others are gathered again.
+    """
+    out: tuple[torch.Tensor, ...] = _WholeProducts.apply(x, group, *matrices)  # type: ignore[no-untyped-call]
+    return out
+
+
 def gathered(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """``x`` [...] of every rank, [R, ...]; without gradient."""
     out = x.new_empty(group.size(), *x.shape)
     if x.numel():
         dist.all_gather_into_tensor(out.view(-1), x.reshape(-1), group=group)
     return out
+
+
+def joined(x: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """The slices of all ranks, [N, ...], of which ``x`` [n, ...] is this rank's; without gradient."""
+    return _start_join(x, rows, group)()
 
 
 def summed(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -103,7 +120,8 @@ Pending = Callable[[], torch.Tensor]
 
 def _start_join(x: torch.Tensor, rows: int, group: dist.ProcessGroup) -> Pending:
     """The slices of all ranks, [N, ...], of which ``x`` [n, ...] is this rank's."""
-    count = -(-rows // group.size())
+    count, place = -(-rows // group.size()), slice_of(rows, group)
+    assert x.shape[0] == place.stop - place.start, (x.shape, rows)
     own = _lengthened(x.contiguous(), count)
     out = x.new_empty(group.size() * count, *x.shape[1:])
     work = dist.all_gather_into_tensor(out, own, group=group, async_op=True) if out.numel() else None
@@ -207,7 +225,8 @@ class _GatheredProducts(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, rows: int, group: dist.ProcessGroup, *matrices: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.rows, ctx.group = rows, group
-        ctx.save_for_backward(x, *matrices)
+        trains = any(ctx.needs_input_grad[3:])
+        ctx.save_for_backward(x if trains else None, *matrices)
         whole = _start_join(x, rows, group)()
         return tuple(whole @ matrix.T for matrix in matrices)
 
@@ -215,15 +234,54 @@ class _GatheredProducts(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *matrices = ctx.saved_tensors
         need_x, _, _, *needed = ctx.needs_input_grad
-        whole = _start_join(x, ctx.rows, ctx.group) if any(needed) else None
-        own: Pending | None = None
-        if need_x:
-            total = grads[0] @ matrices[0]
-            for gradient, matrix in zip(grads[1:], matrices[1:], strict=True):
-                total.addmm_(gradient, matrix)
-            own = _start_scatter(total, ctx.group)
-        found: list[torch.Tensor | None] = [None] * len(matrices)
-        if whole is not None:
-            rows = whole()
-            found = [g.T @ rows if wanted else None for g, wanted in zip(grads, needed, strict=True)]
+        whole = None if x is None else _start_join(x, ctx.rows, ctx.group)
+        own = _start_scatter(_added_products(grads, matrices), ctx.group) if need_x else None
+        found = _weight_gradients(grads, None if whole is None else whole(), needed)
         return None if own is None else own(), None, None, *found
+
+
+class _WholeProducts(torch.autograd.Function):
+    """Exchanges of the backward pass run beside its products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, *matrices: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.shape, ctx.group = x.shape, group
+        by_rows = x.transpose(0, -2)
+        kept = by_rows[slice_of(len(by_rows), group)].clone() if any(ctx.needs_input_grad[2:]) else None
+        ctx.save_for_backward(kept, *matrices)
+        return tuple(torch.matmul(x, matrix.mT) for matrix in matrices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kept, *matrices = ctx.saved_tensors
+        need_x, _, *needed = ctx.needs_input_grad
+        whole = None if kept is None else _start_join(kept, ctx.shape[-2], ctx.group)
+        total, work = None, None
+        if need_x:
+            total = _added_products(grads, matrices).sum_to_size(ctx.shape)
+            work = dist.all_reduce(total, group=ctx.group, async_op=True)
+        found = _weight_gradients(grads, None if whole is None else whole().transpose(0, -2), needed)
+        if work is not None:
+            work.wait()
+        return total, None, *found
+
+
+def _added_products(gradients: Sequence[torch.Tensor], matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Gradient of what was multiplied by all of ``matrices``."""
+    total = torch.matmul(gradients[0], matrices[0])
+    for gradient, matrix in zip(gradients[1:], matrices[1:], strict=True):
+        total += torch.matmul(gradient, matrix)
+    return total
+
+
+def _weight_gradients(
+    gradients: Sequence[torch.Tensor], x: torch.Tensor | None, needed: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """Gradients of matrices that ``x`` was multiplied by, where they are ``needed``."""
+    found: list[torch.Tensor | None] = [None] * len(gradients)
+    for number, (gradient, wanted) in enumerate(zip(gradients, needed, strict=True)):
+        if wanted and x is not None:
+            found[number] = torch.matmul(gradient.mT, x)
+    return found

@@ -2,7 +2,8 @@
 
 From the embedding to the end of the last layer each rank has the residual stream of its slice of the tokens:
 it norms, routes and adds what is in it. Products gather all tokens, and their sums are scattered again (see
-:mod:`rxt_dist.parallel.regions`). What is read behind them, memories and heads, is whole on every rank.
+:mod:`rxt_dist.parallel.regions`). The decoder divides the memory that it reads in the same way. What comes
+out is joined: heads, memory attention and losses begin with all rows on every rank.
 
 Shape legend: L layers, N tokens of a pass, n of this rank's slice, D embedding width.
 """
@@ -17,12 +18,13 @@ from torch import nn
 
 from rxt_dist.model.decoder import Decoder, DecoderOutput
 from rxt_dist.model.encoder import Encoder
+from rxt_dist.model.layout import SequenceLayout
+from rxt_dist.model.memory import Memory
 from rxt_dist.model.moe import MoE
-from rxt_dist.parallel.regions import join_slices, leave_parts
+from rxt_dist.parallel.regions import join_slices, leave_parts, take_slice
 from rxt_dist.parallel.tensor_layers import TensorRank, take_over
 
-# Not the norm of what is read of a memory, which every rank has whole.
-_NORMS = ("attention_norm", "cross_norm", "feed_forward_norm", "head_norm")
+_NORMS = ("attention_norm", "cross_norm", "stm_norm", "feed_forward_norm", "head_norm")
 
 
 class SlicedEncoder(Encoder):
@@ -55,9 +57,17 @@ class SlicedDecoder(Decoder):
         """Each rank's norms see its slice."""
         return _norm_parameters(self)
 
-    def forward(self, tokens: torch.Tensor, *arguments: Any) -> DecoderOutput:
-        own = super().forward(tokens, *arguments)
-        group = self._tensor.ranks
+    def forward(
+        self, tokens: torch.Tensor, layout: SequenceLayout, memory: Memory | None, cache: Any = None
+    ) -> DecoderOutput:
+        group, running = self._tensor.ranks, self._tensor.sliced
+        assert running is not None
+        if memory is not None:
+            assert isinstance(memory.states, torch.Tensor)
+            running.memory_rows = memory.states.shape[1]
+            states = take_slice(memory.states.transpose(0, 1), group).transpose(0, 1).contiguous()
+            memory = replace(memory, states=states)
+        own = super().forward(tokens, layout, memory, cache)
         output = replace(own, hidden=join_slices(own.hidden, tokens.shape[0], group))
         if self._has_experts:
             aux_sum, z_sum = leave_parts(torch.stack([own.aux_sum, own.z_sum]), group)
@@ -66,6 +76,6 @@ class SlicedDecoder(Decoder):
 
 
 def _norm_parameters(module: nn.Module) -> list[str]:
-    """Names of the parameters of those norms in ``module`` through which the residual stream is read."""
+    """Names of the parameters of those norms in ``module`` that see divided rows."""
     names = [name for name, _ in module.named_parameters()]
     return [name for name in names if name.split(".")[-2] in _NORMS]

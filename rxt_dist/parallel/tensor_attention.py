@@ -16,9 +16,7 @@ from torch import nn
 
 from rxt_dist.config.base import divisors
 from rxt_dist.model.attention import CrossAttention, SelfAttention, TokenAttention
-from rxt_dist.model.cache import KeysValues
 from rxt_dist.model.memory_attention import StackedAttention
-from rxt_dist.parallel.regions import enter_parts
 from rxt_dist.parallel.tensor_layers import (
     ColumnLinear,
     JoinedLinear,
@@ -88,10 +86,8 @@ class _Dealt(nn.Module):
 class _DealtTokens(_Dealt, TokenAttention):
     """The same where queries are tokens."""
 
-    def _read_tokens(self, projection: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        maps: list[Any] = [projection] if self.gate is None else [projection, self.gate]
-        heads, *gate = self._tensor.products(x, [one.matrix() for one in maps])
-        return self._heads(heads), gate[0] if gate else None
+    def _map(self, x: torch.Tensor, maps: Sequence[Any]) -> Sequence[torch.Tensor]:
+        return self._tensor.products(x, [one.matrix() for one in maps])
 
 
 def _share_outputs(
@@ -103,19 +99,19 @@ def _share_outputs(
     held = max(query, kv, key=lambda side: side.total).rows(width)
     gate = part.gate
     if gate is not None:
-        part.gate = ColumnLinear(gate, [gate.out_features], [held], tensor, adds_gradient=False)
+        part.gate = ColumnLinear(gate, [gate.out_features], [held], tensor)
     part.out = RowLinear(part.out, held, tensor)
 
 
 def _projection(
-    whole: nn.Linear, sides: Sequence[Side], head_width: int, tensor: TensorRank
+    whole: nn.Linear, sides: Sequence[Side], head_width: int, tensor: TensorRank, *, of_memory: bool = False
 ) -> ColumnLinear | SharedHeads:
     """The heads of ``sides``, one for each canonical tensor of ``whole``, that a rank computes."""
     if all(side.dealt for side in sides):
         rows = [side.total * head_width for side in sides]
         held = [side.rows(head_width) for side in sides]
-        return ColumnLinear(whole, rows, held, tensor, adds_gradient=False)
-    return SharedHeads(whole, len(sides), head_width, sides[0].numbers)
+        return ColumnLinear(whole, rows, held, tensor, of_memory=of_memory)
+    return SharedHeads(whole, len(sides), head_width, sides[0].numbers, tensor)
 
 
 class TensorSelfAttention(_DealtTokens, SelfAttention):
@@ -155,14 +151,11 @@ class TensorCrossAttention(_DealtTokens, CrossAttention):
         query, kv = deal_heads(whole.query_heads, whole.kv_heads, tensor.rank, tensor.size)
         self._whole_rows = kv.total * self.head_width
         self.q = _projection(whole.q, [query], self.head_width, tensor)
-        self.kv = _projection(whole.kv, [kv, kv], self.head_width, tensor)
+        self.kv = _projection(whole.kv, [kv, kv], self.head_width, tensor, of_memory=True)
         _share_outputs(self, query, kv, tensor)
 
     def canonical_parts(self) -> dict[str, list[tuple[str, int]]]:
         return {"kv.weight": [("k.weight", self._whole_rows), ("v.weight", self._whole_rows)]}
-
-    def read(self, memory: torch.Tensor) -> KeysValues:
-        return super().read(enter_parts(memory, self._tensor.ranks))
 
 
 class TensorStackedAttention(_Dealt, StackedAttention):
@@ -188,10 +181,8 @@ class TensorStackedAttention(_Dealt, StackedAttention):
         if whole.gate is not None:
             self.gate = StackedColumn(whole.gate, held)
 
-    def forward(self, queries: torch.Tensor, sources: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        dtype, group = self.q.weight.dtype, self._tensor.ranks
-        queries, sources = (enter_parts(rows.to(dtype), group) for rows in (queries, sources))
-        return super().forward(queries, sources, *arguments)
+    def _map(self, rows: torch.Tensor, maps: Sequence[Any]) -> Sequence[torch.Tensor]:
+        return self._tensor.whole_products(rows, [one.matrix() for one in maps])
 
 
 def _like(whole: nn.Linear, outputs: int) -> nn.Linear:

@@ -33,17 +33,20 @@ from rxt_dist.parallel.regions import (
     gathered_products,
     leave_parts,
     scatter_parts,
-    slice_of,
+    whole_products,
 )
 
 
 class Pass:
-    """The pass of encoder or decoder that runs now, of whose tokens each rank has a slice between products.
+    """The pass of encoder or decoder that runs now, of whose rows each rank has a slice between products.
 
-    ``rows`` are its tokens, of all slices; the embedding, with which every pass begins, sets them.
+    Attributes:
+        tokens: those of all slices; the embedding, with which every pass begins, sets them.
+        memory_rows: rows of each layer's memory, of all slices; the decoder sets them.
     """
 
-    rows = 0
+    tokens = 0
+    memory_rows = 0
 
 
 class TensorRank(NamedTuple):
@@ -66,25 +69,32 @@ class TensorRank(NamedTuple):
         """All tokens [N, ...] of which the ranks compute parts, of the rows that this one has."""
         if self.sliced is None:
             return enter_parts(x, self.ranks)
-        return gather_slices(x, self._rows_beside(x), self.ranks)
+        return gather_slices(x, self.sliced.tokens, self.ranks)
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:
         """The rows that this rank goes on with of the sum of the ranks' ``x`` [N, ...]."""
         return leave_parts(x, self.ranks) if self.sliced is None else scatter_parts(x, self.ranks)
 
-    def products(self, x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """``enter(x) @ matrix.T`` for each of ``matrices`` [o, I]; tokens that were gathered are not kept."""
+    def products(
+        self, x: torch.Tensor, matrices: Sequence[torch.Tensor], *, of_memory: bool = False
+    ) -> Sequence[torch.Tensor]:
+        """``enter(x) @ matrix.T`` for each of ``matrices`` [o, I]; rows that were gathered are not kept.
+
+        ``x`` are tokens or, with ``of_memory``, rows of a layer's memory.
+        """
         if self.sliced is None:
             rows = enter_parts(x, self.ranks)
             return [F.linear(rows, matrix) for matrix in matrices]
-        return gathered_products(x, matrices, self._rows_beside(x), self.ranks)
+        count = self.sliced.memory_rows if of_memory else self.sliced.tokens
+        return gathered_products(x, matrices, count, self.ranks)
 
-    def _rows_beside(self, x: torch.Tensor) -> int:
-        """Tokens of the pass, of which ``x`` is this rank's slice."""
-        assert self.sliced is not None
-        rows, own = self.sliced.rows, slice_of(self.sliced.rows, self.ranks)
-        assert x.shape[0] == own.stop - own.start, (x.shape[0], rows)
-        return rows
+    def whole_products(self, x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """``x @ matrix.mT`` for each of ``matrices`` [L, o, I], of which the ranks compute parts, for ``x``
+        [L or 1, N, I] that every rank has whole."""
+        if self.sliced is not None:
+            return whole_products(x, matrices, self.ranks)
+        rows = enter_parts(x, self.ranks)
+        return [torch.matmul(rows, matrix.mT) for matrix in matrices]
 
     def part_of(self, total: int) -> range:
         """The consecutive entries of ``total`` that this rank holds; all ranks hold equally many."""
@@ -112,8 +122,7 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
     """Some outputs of a linear map. x [N, I] -> [N, o].
 
     ``whole`` is the map, ``held`` the outputs of each of the canonical tensors that it consists of, of
-    ``rows`` outputs each. With ``adds_gradient`` false x are all tokens, and the caller adds up its gradients
-    over the ranks; else x are the rows that the rank has.
+    ``rows`` outputs each. x are the rows that this rank has of the tokens, or of a memory (``of_memory``).
     """
 
     def __init__(
@@ -123,7 +132,7 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
         held: Sequence[range],
         tensor: TensorRank,
         *,
-        adds_gradient: bool = True,
+        of_memory: bool = False,
     ) -> None:
         outputs = sum(len(part) for part in held)
         with whole.weight.device:
@@ -133,12 +142,11 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
                 bias=whole.bias is not None,
                 config=_megatron_config(tensor),
                 init_method=_no_values,
-                disable_grad_reduce=not adds_gradient,
                 tp_group=tensor.group,
             )
         self.in_features, self.out_features = whole.in_features, outputs
         self._pieces = list(zip(rows, held, strict=True))
-        self._tensor = tensor if adds_gradient and tensor.sliced is not None else None
+        self._tensor, self._of_memory = tensor, of_memory
 
     def matrix(self) -> torch.Tensor:
         """What it multiplies by: [o, I]."""
@@ -155,8 +163,8 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
         return dict.fromkeys(("weight", "bias"), linear_default(self.in_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._tensor is not None:
-            (own,) = self._tensor.products(x, [self.weight])
+        if self._tensor.sliced is not None:
+            (own,) = self._tensor.products(x, [self.weight], of_memory=self._of_memory)
             return own if self.bias is None else own + self.bias
         out: torch.Tensor = super().forward(x)[0]
         return out
@@ -223,7 +231,7 @@ class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         if self._tensor.sliced is not None:
-            self._tensor.sliced.rows = tokens.shape[0]
+            self._tensor.sliced.tokens = tokens.shape[0]
             elsewhere = (tokens < self._held.start) | (tokens >= self._held.stop)
             rows = F.embedding((tokens - self._held.start).masked_fill(elsewhere, 0), self.weight)
             return self._tensor.leave(rows.masked_fill(elsewhere[:, None], 0.0))
@@ -245,12 +253,16 @@ def real_rows(vocabulary: int, rows: range) -> range:
 class SharedHeads(nn.Linear):
     """Some heads of a projection whose whole weight every rank has: heads of it are read by several ranks.
 
-    x [N, I] -> [N, pieces * heads * d]. The gradient of the weight is this rank's share of it.
+    x [N, I], which are the rows that this rank has of a memory, -> [N, pieces * heads * d]. The gradient of
+    the weight is this rank's share of it.
     """
 
-    def __init__(self, whole: nn.Linear, pieces: int, head_width: int, heads: Sequence[int]) -> None:
+    def __init__(
+        self, whole: nn.Linear, pieces: int, head_width: int, heads: Sequence[int], tensor: TensorRank
+    ) -> None:
         super().__init__(whole.in_features, whole.out_features, bias=False, device=whole.weight.device)
         self._pieces, self._head_width, self._heads = pieces, head_width, heads
+        self._tensor = tensor
 
     def partial_parameters(self) -> list[str]:
         return ["weight"]
@@ -261,7 +273,8 @@ class SharedHeads(nn.Linear):
         return pick_heads(weight, self._heads).reshape(-1, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.matrix())
+        (out,) = self._tensor.products(x, [self.matrix()], of_memory=True)
+        return out
 
 
 class JoinedLinear(nn.Module):
@@ -277,13 +290,17 @@ class JoinedLinear(nn.Module):
 
 
 class StackedColumn(StackedLinear):
-    """Some outputs of one linear map a layer. x [L, R, I] -> [L, R, o]; the caller adds up its gradients."""
+    """Some outputs of one linear map a layer."""
 
     def __init__(self, whole: StackedLinear, held: range) -> None:
         layers, self._outputs, inputs = whole.weight.shape
         with whole.weight.device:
             super().__init__(layers, inputs, len(held), bias=whole.bias is not None)
         self._held = held
+
+    def matrix(self) -> torch.Tensor:
+        """What it multiplies by: [L, o, I]."""
+        return self.weight
 
     def cuts(self) -> dict[str, list[Cut]]:
         layers, _, inputs = self.weight.shape
@@ -327,11 +344,11 @@ class StackedSharedHeads(StackedLinear):
     def partial_parameters(self) -> list[str]:
         return ["weight"]
 
-    def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def matrix(self) -> torch.Tensor:
+        """What it multiplies by: [L, heads * d, I]."""
         layers, _, inputs = self.weight.shape
         weight = pick_heads(self.weight.view(layers, -1, self._head_width, inputs), self._heads)
-        rows = x.to(weight.dtype).expand(layers, -1, -1)
-        return torch.bmm(rows, weight.reshape(layers, -1, inputs).mT)
+        return weight.reshape(layers, -1, inputs)
 
 
 def pick_heads(values: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from helpers.expert_cases import OPTIMIZERS, Case
 from helpers.parity import Results, assert_one_process, results_of
 
 Sliced = partial(Case, sequence=True)
+DENSE = (("model.decoder.stateless_layers", "[dense]"), ("model.decoder.dense_layer_dim", 64))
 # With 8 units and an accumulation of 8 / dp a pass has the tokens of one piece or interaction, as few as 1.
 COVERING = [
     Sliced("joint_lm", 2, 1, zero=2, accumulation=2, tensor_size=2, heads="one kv head, gated"),
@@ -31,7 +32,7 @@ SPECIAL = [
     Sliced("context_sft", 4, 4, zero=2, tensor_size=2, variant="switch, z, bias, top 1"),
     Sliced("joint_lm", 2, 1, accumulation=8, tensor_size=2, settings=(("model.norm", "layer"),)),
     Sliced("joint_lm", 2, 2, 2, tensor_size=2, settings=(("zero.offload_optimizer", "cpu"),)),
-    Sliced("joint_lm", 4, 1, accumulation=8, tensor_size=4, settings=(("model.decoder.moe", "null"),)),
+    Sliced("joint_lm", 4, 1, accumulation=8, tensor_size=4, settings=DENSE),
     Case("context_sft", 2, 1, tensor_size=2),
     Case("context_sft", 4, 2, zero=2),
 ]
