@@ -215,11 +215,14 @@ class MemoryAttention(nn.Module):
             encoded = encoded.masked_fill(absent[sequence_ids][:, None], 0.0)
         old = self._read_memory(stm, groups.slots, present, gates)
         queries = normed(self.norm, old, present).flatten(1, 2)
-        sources = encoded if self.input_norm is None else self.input_norm(encoded)
-        update = self.attention(queries, sources, groups.tokens, rotation).view(stm.shape)
+        update = self.attention(queries, self._sources(encoded), groups.tokens, rotation).view(stm.shape)
         after = self._mix("gate", old, update, gates) if self.residual else update
         after = after.to(stm.dtype)
         return after if present is None else torch.where(present[:, None, None], after, before)
+
+    def _sources(self, encoded: torch.Tensor) -> torch.Tensor:
+        """What the slots read of ``encoded`` [L, N, D]."""
+        return encoded if self.input_norm is None else self.input_norm(encoded)
 
     def _read_memory(
         self,

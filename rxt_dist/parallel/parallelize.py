@@ -71,7 +71,7 @@ def share_tensors(model: RxTModel, tensor: TensorRank) -> None:
     Copies stay: norms, routers, gates of the memory, biases behind a sum, and the memory cross-attention of
     encoders, which is never run in training.
     """
-    from rxt_dist.parallel.sequence import SlicedDecoder, SlicedEncoder
+    from rxt_dist.parallel.sequence import SlicedDecoder, SlicedEncoder, SlicedMemoryAttention
     from rxt_dist.parallel.tensor_attention import (
         TensorCrossAttention,
         TensorSelfAttention,
@@ -94,12 +94,14 @@ def share_tensors(model: RxTModel, tensor: TensorRank) -> None:
             layer.feed_forward = SlicedMoE(layer.feed_forward, tensor)
     for name, part in list(model.memory_attention.named_children()):
         if isinstance(part, StackedAttention):
-            setattr(model.memory_attention, name, TensorStackedAttention(part, tensor))
+            shared = TensorStackedAttention(part, tensor, of_tokens=name == "attention")
+            setattr(model.memory_attention, name, shared)
     decoder.lm_head = TensorLMHead(decoder.lm_head, tensor)
     model.mlm_head = TensorMLMHead(model.mlm_head, tensor)
     if tensor.sliced is not None:
         model.encoder = SlicedEncoder(model.encoder, tensor)
         model.decoder = SlicedDecoder(decoder, tensor)
+        model.memory_attention = SlicedMemoryAttention(model.memory_attention, tensor)
 
 
 def placement(model: nn.Module) -> Placement:

@@ -6,7 +6,7 @@ each computes a part of all rows.
 
 | from | to | | forward | backward |
 |---|---|---|---|---|
-| whole | parts | :func:`enter_parts`, :func:`whole_products` | nothing | sum |
+| whole | parts | :func:`enter_parts` | nothing | sum |
 | parts | whole | :func:`leave_parts` | sum | nothing |
 | slices | parts | :func:`gather_slices`, :func:`gathered_products` | gather | sum, slice |
 | parts | slices | :func:`scatter_parts` | sum, slice | gather |
@@ -74,23 +74,12 @@ def scatter_parts(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 def gathered_products(
     x: torch.Tensor, matrices: Sequence[torch.Tensor], rows: int, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, ...]:
-    """``gather_slices(x) @ matrix.T`` [N, O] for each of ``matrices`` [O, D].
+    """``gather_slices(x) @ matrix.mT`` [N, O] for each of ``matrices`` [O, D]; or with ``x`` [L, n, D] and
+    matrices [L, O, D], [L, N, O].
 
-    For the backward pass only this rank's slice ``x`` [n, D] is kept; the others are gathered again.
+    For the backward pass only this rank's slice ``x`` is kept; the others are gathered again.
     """
     out: tuple[torch.Tensor, ...] = _GatheredProducts.apply(x, rows, group, *matrices)  # type: ignore[no-untyped-call]
-    return out
-
-
-def whole_products(
-    x: torch.Tensor, matrices: Sequence[torch.Tensor], group: dist.ProcessGroup
-) -> tuple[torch.Tensor, ...]:
-    """``x @ matrix.mT`` [L, N, O] for each of ``matrices`` [L, O, D], of ``x`` [L or 1, N, D], which every
-    rank has and goes on to compute a part of; its gradients are added up.
-
-    For the backward pass only this rank's slice of ``x`` is kept; the others are gathered again.
-    """
-    out: tuple[torch.Tensor, ...] = _WholeProducts.apply(x, group, *matrices)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -227,45 +216,21 @@ class _GatheredProducts(torch.autograd.Function):
         ctx.rows, ctx.group = rows, group
         trains = any(ctx.needs_input_grad[3:])
         ctx.save_for_backward(x if trains else None, *matrices)
-        whole = _start_join(x, rows, group)()
-        return tuple(whole @ matrix.T for matrix in matrices)
+        whole = _start_join(x.transpose(0, -2), rows, group)().transpose(0, -2)
+        return tuple(torch.matmul(whole, matrix.mT) for matrix in matrices)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *matrices = ctx.saved_tensors
         need_x, _, _, *needed = ctx.needs_input_grad
-        whole = None if x is None else _start_join(x, ctx.rows, ctx.group)
-        own = _start_scatter(_added_products(grads, matrices), ctx.group) if need_x else None
-        found = _weight_gradients(grads, None if whole is None else whole(), needed)
-        return None if own is None else own(), None, None, *found
-
-
-class _WholeProducts(torch.autograd.Function):
-    """Exchanges of the backward pass run beside its products."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, *matrices: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.shape, ctx.group = x.shape, group
-        by_rows = x.transpose(0, -2)
-        kept = by_rows[slice_of(len(by_rows), group)].clone() if any(ctx.needs_input_grad[2:]) else None
-        ctx.save_for_backward(kept, *matrices)
-        return tuple(torch.matmul(x, matrix.mT) for matrix in matrices)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        kept, *matrices = ctx.saved_tensors
-        need_x, _, *needed = ctx.needs_input_grad
-        whole = None if kept is None else _start_join(kept, ctx.shape[-2], ctx.group)
-        total, work = None, None
+        whole = None if x is None else _start_join(x.transpose(0, -2), ctx.rows, ctx.group)
+        own: Pending | None = None
         if need_x:
-            total = _added_products(grads, matrices).sum_to_size(ctx.shape)
-            work = dist.all_reduce(total, group=ctx.group, async_op=True)
-        found = _weight_gradients(grads, None if whole is None else whole().transpose(0, -2), needed)
-        if work is not None:
-            work.wait()
-        return total, None, *found
+            own = _start_scatter(_added_products(grads, matrices).transpose(0, -2), ctx.group)
+        found: list[torch.Tensor | None] = [None] * len(grads)
+        if whole is not None:
+            found = _weight_gradients(grads, whole().transpose(0, -2), needed)
+        return None if own is None else own().transpose(0, -2), None, None, *found
 
 
 def _added_products(gradients: Sequence[torch.Tensor], matrices: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -277,11 +242,8 @@ def _added_products(gradients: Sequence[torch.Tensor], matrices: Sequence[torch.
 
 
 def _weight_gradients(
-    gradients: Sequence[torch.Tensor], x: torch.Tensor | None, needed: Sequence[bool]
+    gradients: Sequence[torch.Tensor], x: torch.Tensor, needed: Sequence[bool]
 ) -> list[torch.Tensor | None]:
-    """Gradients of matrices that ``x`` was multiplied by, where they are ``needed``."""
-    found: list[torch.Tensor | None] = [None] * len(gradients)
-    for number, (gradient, wanted) in enumerate(zip(gradients, needed, strict=True)):
-        if wanted and x is not None:
-            found[number] = torch.matmul(gradient.mT, x)
-    return found
+    """Gradients of the matrices that ``x`` was multiplied by, where they are ``needed``."""
+    pairs = zip(gradients, needed, strict=True)
+    return [torch.matmul(gradient.mT, x) if wanted else None for gradient, wanted in pairs]

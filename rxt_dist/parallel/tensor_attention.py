@@ -17,6 +17,7 @@ from torch import nn
 from rxt_dist.config.base import divisors
 from rxt_dist.model.attention import CrossAttention, SelfAttention, TokenAttention
 from rxt_dist.model.memory_attention import StackedAttention
+from rxt_dist.parallel.regions import enter_parts
 from rxt_dist.parallel.tensor_layers import (
     ColumnLinear,
     JoinedLinear,
@@ -159,12 +160,15 @@ class TensorCrossAttention(_DealtTokens, CrossAttention):
 
 
 class TensorStackedAttention(_Dealt, StackedAttention):
-    """Some heads of ``whole``, of all layers; stands where it stood."""
+    """Some heads of ``whole``, of all layers; stands where it stood.
 
-    def __init__(self, whole: StackedAttention, tensor: TensorRank) -> None:
+    Sources ``of_tokens`` are the rows that this rank has of the encoder's; all other rows are whole.
+    """
+
+    def __init__(self, whole: StackedAttention, tensor: TensorRank, *, of_tokens: bool) -> None:
         nn.Module.__init__(self)
         take_over(self, whole)
-        self._tensor = tensor
+        self._tensor, self._of_tokens = tensor, of_tokens
         width = self.head_width
         query_heads, kv_heads = (linear.weight.shape[1] // width for linear in (whole.q, whole.k))
         query, kv = deal_heads(query_heads, kv_heads, tensor.rank, tensor.size)
@@ -182,7 +186,11 @@ class TensorStackedAttention(_Dealt, StackedAttention):
             self.gate = StackedColumn(whole.gate, held)
 
     def _map(self, rows: torch.Tensor, maps: Sequence[Any]) -> Sequence[torch.Tensor]:
-        return self._tensor.whole_products(rows, [one.matrix() for one in maps])
+        matrices = [one.matrix() for one in maps]
+        if self._of_tokens and maps[0] is self.k:
+            return self._tensor.products(rows, matrices, of_memory=True)
+        rows = enter_parts(rows, self._tensor.ranks)
+        return [torch.matmul(rows, matrix.mT) for matrix in matrices]
 
 
 def _like(whole: nn.Linear, outputs: int) -> nn.Linear:

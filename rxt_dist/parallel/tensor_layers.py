@@ -33,7 +33,6 @@ from rxt_dist.parallel.regions import (
     gathered_products,
     leave_parts,
     scatter_parts,
-    whole_products,
 )
 
 
@@ -42,11 +41,12 @@ class Pass:
 
     Attributes:
         tokens: those of all slices; the embedding, with which every pass begins, sets them.
-        memory_rows: rows of each layer's memory, of all slices; the decoder sets them.
+        read: rows that each layer reads of a memory, or memory attention of the encoder, of all slices; the
+            decoder and memory attention set them.
     """
 
     tokens = 0
-    memory_rows = 0
+    read = 0
 
 
 class TensorRank(NamedTuple):
@@ -78,23 +78,15 @@ class TensorRank(NamedTuple):
     def products(
         self, x: torch.Tensor, matrices: Sequence[torch.Tensor], *, of_memory: bool = False
     ) -> Sequence[torch.Tensor]:
-        """``enter(x) @ matrix.T`` for each of ``matrices`` [o, I]; rows that were gathered are not kept.
+        """``enter(x) @ matrix.mT`` for each of ``matrices`` [o, I] or [L, o, I]; gathered rows are not kept.
 
-        ``x`` are tokens or, with ``of_memory``, rows of a layer's memory.
+        ``x`` [N, I] or [L, N, I] are tokens, or with ``of_memory`` what a layer reads besides its tokens.
         """
         if self.sliced is None:
             rows = enter_parts(x, self.ranks)
-            return [F.linear(rows, matrix) for matrix in matrices]
-        count = self.sliced.memory_rows if of_memory else self.sliced.tokens
+            return [torch.matmul(rows, matrix.mT) for matrix in matrices]
+        count = self.sliced.read if of_memory else self.sliced.tokens
         return gathered_products(x, matrices, count, self.ranks)
-
-    def whole_products(self, x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """``x @ matrix.mT`` for each of ``matrices`` [L, o, I], of which the ranks compute parts, for ``x``
-        [L or 1, N, I] that every rank has whole."""
-        if self.sliced is not None:
-            return whole_products(x, matrices, self.ranks)
-        rows = enter_parts(x, self.ranks)
-        return [torch.matmul(rows, matrix.mT) for matrix in matrices]
 
     def part_of(self, total: int) -> range:
         """The consecutive entries of ``total`` that this rank holds; all ranks hold equally many."""

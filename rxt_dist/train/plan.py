@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -34,6 +34,7 @@ from rxt_dist.parallel.mesh import Mesh
 from rxt_dist.parallel.parallelize import share_tensors
 from rxt_dist.stages import StageModule, build_stage
 from rxt_dist.stages.base import uses
+from rxt_dist.train.sequence_traffic import divided_rows
 from rxt_dist.train.tensor_traffic import tensor_rows
 
 _FP32_BYTES = 4
@@ -87,6 +88,7 @@ def plan_run(config: RunConfig, world_size: int, vocab_size: int) -> dict[str, A
             "dp_size": mesh.dp_size,
             "tensor_size": mesh.tensor_size,
             "expert_size": mesh.expert_size,
+            "sequence_parallel": mesh.sequence_parallel,
             "data_groups": mesh.data_groups(),
             "tensor_groups": mesh.tensor_groups(),
             "expert_groups": mesh.expert_groups(),
@@ -106,9 +108,10 @@ class _StagePlan:
         self.element = 2 if config.precision == "bf16" else _FP32_BYTES
         self.model = empty_model(config.model)
         if mesh.tensor_size > 1:
-            from rxt_dist.parallel.tensor_layers import TensorRank
+            from rxt_dist.parallel.tensor_layers import Pass, TensorRank
 
-            share_tensors(self.model, TensorRank(0, mesh.tensor_size, None))
+            sliced = Pass() if mesh.sequence_parallel else None
+            share_tensors(self.model, TensorRank(0, mesh.tensor_size, None, sliced))
         self.module: StageModule = build_stage(self.model, config, stage)
         self.module.freeze()
         self.experts: set[nn.Parameter] = set()
@@ -248,6 +251,8 @@ class _StagePlan:
     def _tensor_bytes(self) -> int:
         """What the tensor group exchanges: rows of the model's width that are added up, and slices joined."""
         summed, joined = tensor_rows(self.config, self.stage, self.micro_tokens, self.micro)
+        if self.mesh.sequence_parallel:
+            joined += divided_rows(self.config, self.stage, self.micro_tokens, self.micro)
         size = self.config.model.embed_dim * self.element * self.accumulation
         # Adding up on a ring is a reduction and a gathering.
         return _sent((2 * summed + joined) * size, self.mesh.tensor_size)
@@ -270,7 +275,8 @@ class _StagePlan:
 
     def _activation_elements(self) -> int:
         """See BASIS; a frozen component keeps nothing."""
-        model, tokens, shares = self.config.model, self.micro_tokens, self.mesh.tensor_size
+        model, tokens, ranks = self.config.model, self.micro_tokens, self.mesh.tensor_size
+        shares = _Shares(ranks, ranks if self.mesh.sequence_parallel else 1)
         elements = 0
         if self._keeps("encoder"):
             part = model.encoder
@@ -281,23 +287,24 @@ class _StagePlan:
         if self._keeps("decoder"):
             elements += tokens * _decoder_elements(model, shares)
         if self.stage.name == "context_sft":
-            elements += self._read_elements()
+            elements += self._read_elements(shares)
         elif self.stage.uses_lanes:
             part_ = model.memory_attention
             slots = self.micro * self.window * model.decoder.num_layers * model.stm_size
-            elements += slots * _attention(model, part_.heads, part_.attention, shares)
+            # Its queries are kept in slices, what they are made of is not.
+            elements += slots * _attention(model, part_.heads, part_.attention, _Shares(ranks, 1))
         recomputes = self.stage.uses_lanes and self.stage.name != "context_sft"
         if recomputes and self.config.runtime.recompute == "interaction":
             elements //= self.window
         return elements
 
-    def _read_elements(self) -> int:
+    def _read_elements(self, shares: _Shares) -> int:
         """Of the encodings that the positions of a window read: each position all those up to it."""
         model = self.config.model
         part = model.decoder
         rows = self.micro * model.seq_len * self.window * (self.window + 1) // 2
         keys_values = 2 * part.cross_attention.kv_heads * (model.embed_dim // part.heads)
-        return rows * part.num_layers * (2 * model.embed_dim + 2 * keys_values)
+        return rows * part.num_layers * (2 * model.embed_dim // shares.rows + 2 * keys_values)
 
     def _keeps(self, component: str) -> bool:
         return _trains(self.stage, component)
@@ -326,11 +333,20 @@ def _moes(module: nn.Module) -> list[MoE]:
     return [part for part in module.modules() if isinstance(part, MoE)]
 
 
-def _attention(model: ModelConfig, heads: int, config: AttentionConfig, shares: int) -> int:
+class _Shares(NamedTuple):
+    """Over how many ranks is divided what a layer keeps: ``inner``, heads and hidden channels of all rows;
+    ``rows``, of inputs and norms."""
+
+    inner: int
+    rows: int
+
+
+def _attention(model: ModelConfig, heads: int, config: AttentionConfig, shares: _Shares) -> int:
     """Elements an attention keeps of one token: its input, norm, projections (rotated) and heads' output."""
     width = model.embed_dim // heads
     inner = max(config.query_heads, config.kv_heads) * width
-    return 2 * model.embed_dim + ((2 * config.query_heads + 3 * config.kv_heads) * width + inner) // shares
+    projected = (2 * config.query_heads + 3 * config.kv_heads) * width
+    return 2 * model.embed_dim // shares.rows + (projected + inner) // shares.inner
 
 
 def _hidden(width: int, gated: bool) -> int:
@@ -338,19 +354,19 @@ def _hidden(width: int, gated: bool) -> int:
     return (4 if gated else 2) * width
 
 
-def _feed_forward(model: ModelConfig, width: int, gated: bool, shares: int) -> int:
-    return 2 * model.embed_dim + _hidden(width, gated) // shares
+def _feed_forward(model: ModelConfig, width: int, gated: bool, shares: _Shares) -> int:
+    return 2 * model.embed_dim // shares.rows + _hidden(width, gated) // shares.inner
 
 
-def _moe(model: ModelConfig, shares: int) -> int:
+def _moe(model: ModelConfig, shares: _Shares) -> int:
     part, moe = model.decoder, model.decoder.moe
     assert moe is not None
     visited = moe.top_k * (3 * model.embed_dim + _hidden(part.ff_dim, part.gated_ff))
     shared = moe.num_shared_experts * _hidden(moe.shared_expert_dim or part.ff_dim, part.gated_ff)
-    return 2 * model.embed_dim + moe.num_experts + (visited + shared) // shares
+    return (2 * model.embed_dim + moe.num_experts) // shares.rows + (visited + shared) // shares.inner
 
 
-def _decoder_elements(model: ModelConfig, shares: int) -> int:
+def _decoder_elements(model: ModelConfig, shares: _Shares) -> int:
     """Elements that all layers of the decoder keep of one token."""
     part = model.decoder
     own = _attention(model, part.heads, part.attention, shares)

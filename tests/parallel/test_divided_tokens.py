@@ -145,7 +145,7 @@ def compute(folder: Path) -> None:
     group = dist.group.WORLD
     assert group is not None
     running = Pass()
-    running.memory_rows = MEMORY_ROWS
+    running.read = MEMORY_ROWS
     tensor = TensorRank(dist.get_rank(), RANKS, group, running)
     found: dict[str, Any] = {}
     for name in layers():
