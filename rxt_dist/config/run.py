@@ -72,8 +72,8 @@ class ParallelConfig(Section):
     @model_validator(mode="after")
     def _check_sequence(self) -> Self:
         if self.sequence_parallel and self.tensor_size == 1:
-            valid = "tensor_size is 1, so that there is nobody to divide tokens with; valid: false"
-            report([Problem("sequence_parallel", f"found true, but {valid}, or a larger tensor_size")])
+            found = "found true, but tensor_size is 1; valid: false, or a larger tensor_size"
+            report([Problem("sequence_parallel", found)])
         return self
 
 
