@@ -289,14 +289,20 @@ class _StagePlan:
         if self.stage.name == "context_sft":
             elements += self._read_elements(shares)
         elif self.stage.uses_lanes:
-            part_ = model.memory_attention
-            slots = self.micro * self.window * model.decoder.num_layers * model.stm_size
-            # Its queries are kept in slices, what they are made of is not.
-            elements += slots * _attention(model, part_.heads, part_.attention, _Shares(ranks, 1))
+            elements += self._write_elements(shares)
         recomputes = self.stage.uses_lanes and self.stage.name != "context_sft"
         if recomputes and self.config.runtime.recompute == "interaction":
             elements //= self.window
         return elements
+
+    def _write_elements(self, shares: _Shares) -> int:
+        """Of memory attention: of the slots, which are whole on every rank, and of what they read."""
+        model = self.config.model
+        part, layers = model.memory_attention, model.decoder.num_layers
+        slots = self.micro * self.window * layers * model.stm_size
+        heads = 3 * part.attention.kv_heads * (model.embed_dim // part.heads)
+        read = layers * self.micro_tokens * (2 * model.embed_dim // shares.rows + heads // shares.inner)
+        return slots * _attention(model, part.heads, part.attention, _Shares(shares.inner, 1)) + read
 
     def _read_elements(self, shares: _Shares) -> int:
         """Of the encodings that the positions of a window read: each position all those up to it."""
