@@ -9,11 +9,14 @@ from helpers.expert_cases import OPTIMIZERS, Case
 from helpers.parity import Results, assert_one_process, results_of
 
 Sliced = partial(Case, sequence=True)
+LAYER_NORM = (("model.norm", "layer"), ("model.decoder.head_norm", "layer"))
 DENSE = (("model.decoder.stateless_layers", "[dense]"), ("model.decoder.dense_layer_dim", 64))
 # With 8 units and an accumulation of 8 / dp a pass has the tokens of one piece or interaction, as few as 1.
 COVERING = [
     Sliced("joint_lm", 2, 1, zero=2, accumulation=2, tensor_size=2, heads="one kv head, gated"),
-    Sliced("smat", 2, 2, accumulation=8, tensor_size=2, variant="global bias, two shared"),
+    Sliced(
+        "smat", 2, 2, accumulation=8, tensor_size=2, variant="global bias, two shared", settings=LAYER_NORM
+    ),
     Sliced("context_sft", 2, 1, zero=2, tensor_size=2, heads="reverse"),
     Sliced("smat, decoder joins", 4, 2, zero=2, tensor_size=2, recompute="interaction", variant="switch, z"),
     Sliced("joint_lm", 4, 4, accumulation=8, tensor_size=4, variant="switch, z, bias, top 1"),

@@ -45,18 +45,19 @@ def config_of(stage: str, divided: bool) -> RunConfig:
     return load_config("tiny", [f"{key}={value}" for key, value in values.items()], require_data=False)
 
 
-def batch_of(config: RunConfig, module: Any) -> tuple[Any, dict[str, int], int]:
-    """A micro-batch, its counts and its tokens in one pass."""
+def batch_of(config: RunConfig, module: Any) -> tuple[Any, dict[str, int], list[int]]:
+    """A micro-batch, its counts, and the tokens of a pass and of a loss over the vocabulary."""
     if config.stages[0].name == "joint_lm":
         pack = Pack(np.arange(8), np.zeros(8, dtype=np.int64))
         batch = build_text_batch(Pieces(), pack, MaskPlan(77, 0.3), 4)
-        return batch, module.local_counts(batch), batch.tokens.numel()
-    long = [[type(o).of([9] * 6, [8] * 6) for o in one] for one in random_conversations([6] * 6)]
+        return batch, module.local_counts(batch), [batch.tokens.numel(), batch.next_index.numel()]
+    long = [[type(o).of([9] * 7, [8] * 5) for o in one] for one in random_conversations([6] * 6)]
     look_back = config.stages[0].name != "memory_attention"
     with windows(MemoryPieces(long), window=1, look_back=look_back) as steps:
         next(steps)
         step = next(steps)
-    return step.batches[0], step.counts, step.batches[0].positions[0].tokens.numel()
+    (at,) = step.batches[0].positions
+    return step.batches[0], step.counts, [at.tokens.numel(), at.next_index.numel()]
 
 
 def kept_by(module: Any, batch: Any, counts: dict[str, int], stm: torch.Tensor) -> tuple[int, list[Any]]:
@@ -100,9 +101,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def whole_rows(found: dict[str, Any]) -> list[tuple[int, ...]]:
-    """Kept tensors of the model's width that have all tokens of a pass, or of several of them."""
+    """Kept tensors of the model's width that have all tokens of a pass or of a loss."""
     shapes = [tuple(shape) for shape in found["shapes"] if len(shape) > 1]
-    return [one for one in shapes if one[-1] == WIDTH and one[-2] and one[-2] % found["tokens"] == 0]
+    return [one for one in shapes if one[-1] == WIDTH and one[-2] in found["tokens"]]
 
 
 @pytest.mark.parametrize("stage", STAGES)
