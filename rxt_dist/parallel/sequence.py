@@ -42,7 +42,7 @@ class SlicedEncoder(Encoder):
 
     def forward(self, tokens: torch.Tensor, *arguments: Any) -> torch.Tensor:
         own = super().forward(tokens, *arguments).transpose(0, 1)  # [n, L, D]
-        return join_slices(own, tokens.shape[0], self._tensor.ranks).transpose(0, 1).contiguous()
+        return join_slices(own, tokens.shape[0], self._tensor.ranks).transpose(0, 1)
 
 
 class SlicedDecoder(Decoder):

@@ -36,8 +36,6 @@ SPECIAL = [
     Sliced("joint_lm", 2, 1, accumulation=8, tensor_size=2, settings=(("model.norm", "layer"),)),
     Sliced("joint_lm", 2, 2, 2, tensor_size=2, settings=(("zero.offload_optimizer", "cpu"),)),
     Sliced("joint_lm", 4, 1, accumulation=8, tensor_size=4, settings=DENSE),
-    Case("context_sft", 2, 1, tensor_size=2),
-    Case("context_sft", 4, 2, zero=2),
 ]
 MATRIX = [
     Sliced(stage, world, size, zero, accumulation, tensor_size=2)
