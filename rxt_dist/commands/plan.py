@@ -66,7 +66,11 @@ def _plan_text(values: dict[str, Any]) -> str:
     lines = []
     for name, value in values["mesh"].items():
         groups = isinstance(value, list)
-        text = " ".join("{" + " ".join(map(str, ranks)) + "}" for ranks in value) if groups else str(value)
+        text = (
+            " ".join("{" + " ".join(map(str, ranks)) + "}" for ranks in value)
+            if groups
+            else json.dumps(value)
+        )
         lines.append(f"{name}: {text}")
     if values["vocab_size"]:
         lines.append(f"vocab_size: {values['vocab_size']}")

@@ -65,6 +65,16 @@ class ParallelConfig(Section):
     """Ranks that share the heads and hidden channels of every layer and the vocabulary (axis tp)."""
     expert_size: int = Field(1, ge=1)
     """Ranks that share the experts of a layer (axis ep)."""
+    sequence_parallel: bool = False
+    """Whether the ranks that share tensors also divide the tokens between products (norms, residuals,
+    routers); needs a tensor_size above 1."""
+
+    @model_validator(mode="after")
+    def _check_sequence(self) -> Self:
+        if self.sequence_parallel and self.tensor_size == 1:
+            found = "found true, but tensor_size is 1; valid: false, or a larger tensor_size"
+            report([Problem("sequence_parallel", found)])
+        return self
 
 
 class ZeroConfig(Section):

@@ -9,6 +9,8 @@ H = max(Hq, Hk), d head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -20,8 +22,8 @@ from rxt_dist.model.norm import RMSNorm
 from rxt_dist.model.rope import Rotation
 
 
-class _Attention(nn.Module):
-    """Output projection, gate and head norms, which both attentions share.
+class TokenAttention(nn.Module):
+    """What both attentions of tokens share: output projection, gate and head norms.
 
     ``query_heads`` and ``kv_heads`` count the heads that this module holds.
     """
@@ -41,16 +43,30 @@ class _Attention(nn.Module):
     def _heads(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.view(*rows.shape[:-1], rows.shape[-1] // self.head_width, self.head_width)
 
-    def _project(self, heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Heads [N, H, d] -> [N, D]; the gate sees the query input ``x`` [N, D]."""
+    def _map(self, x: torch.Tensor, maps: Sequence[nn.Module]) -> Sequence[torch.Tensor]:
+        """The query input ``x`` [N, D] through each of ``maps``."""
+        return [one(x) for one in maps]
+
+    def _read_tokens(
+        self, x: torch.Tensor, projection: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The heads [N, heads, d] that ``projection`` makes of ``x`` [N, D], and the gate [N, H * d] before
+        its sigmoid, if there is one."""
+        if self.gate is None:
+            return self._heads(self._map(x, [projection])[0]), None
+        heads, gate = self._map(x, [projection, self.gate])
+        return self._heads(heads), gate
+
+    def _project(self, heads: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        """Heads [N, H, d] -> [N, D]."""
         joined = heads.flatten(-2)
-        if self.gate is not None:
-            joined = joined * torch.sigmoid(self.gate(x))
+        if gate is not None:
+            joined = joined * torch.sigmoid(gate)
         projected: torch.Tensor = self.out(joined)
         return projected
 
 
-class SelfAttention(_Attention):
+class SelfAttention(TokenAttention):
     """Attention of a sequence to itself.
 
     Args of forward:
@@ -76,7 +92,7 @@ class SelfAttention(_Attention):
         rotation: Rotation | None,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        heads = self._heads(self.qkv(x))
+        heads, gate = self._read_tokens(x, self.qkv)
         q, k, v = torch.split(heads, [self.query_heads, self.kv_heads, self.kv_heads], dim=-2)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -84,10 +100,10 @@ class SelfAttention(_Attention):
             q, k = rotation.apply(q), rotation.apply(k)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self._project(attention(q, k, v, layout, causal=self.causal), x)
+        return self._project(attention(q, k, v, layout, causal=self.causal), gate)
 
 
-class CrossAttention(_Attention):
+class CrossAttention(TokenAttention):
     """Attention of tokens to memory rows. Queries are rotated by token position, keys are not.
 
     Args of forward:
@@ -115,9 +131,9 @@ class CrossAttention(_Attention):
     def forward(
         self, x: torch.Tensor, memory: KeysValues, layout: AttentionLayout, rotation: Rotation | None
     ) -> torch.Tensor:
-        q = self._heads(self.q(x))
+        q, gate = self._read_tokens(x, self.q)
         if self.query_norm is not None:
             q = self.query_norm(q)
         if rotation is not None:
             q = rotation.apply_one_sided(q)
-        return self._project(attention(q, memory.keys, memory.values, layout, causal=self.causal), x)
+        return self._project(attention(q, memory.keys, memory.values, layout, causal=self.causal), gate)

@@ -9,6 +9,7 @@ R rows of a layer, H heads, d head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,17 +103,22 @@ class StackedAttention(Stacked):
         rotation: Rotation | None = None,
     ) -> torch.Tensor:
         queries, sources = queries.to(self.dtype), sources.to(self.dtype)
-        q, k, v = (self._heads(rows) for rows in (self.q(queries), self.k(sources), self.v(sources)))
+        q, *gate = self._map(queries, [self.q] if self.gate is None else [self.q, self.gate])
+        q, k, v = (self._heads(rows) for rows in (q, *self._map(sources, [self.k, self.v])))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
             k = rotation.apply_one_sided(k)
         heads = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout, causal=False)
         joined = heads.flatten(-2).view(*queries.shape[:2], self.inner)
-        if self.gate is not None:
-            joined = joined * torch.sigmoid(self.gate(queries))
+        if gate:
+            joined = joined * torch.sigmoid(gate[0])
         projected: torch.Tensor = self.out(joined)
         return projected
+
+    def _map(self, rows: torch.Tensor, maps: Sequence[StackedLinear]) -> Sequence[torch.Tensor]:
+        """``rows`` [L, R, D] or [1, R, D] through each of ``maps``."""
+        return [one(rows) for one in maps]
 
     def _heads(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.view(*rows.shape[:-1], rows.shape[-1] // self.head_width, self.head_width)
@@ -209,11 +215,14 @@ class MemoryAttention(nn.Module):
             encoded = encoded.masked_fill(absent[sequence_ids][:, None], 0.0)
         old = self._read_memory(stm, groups.slots, present, gates)
         queries = normed(self.norm, old, present).flatten(1, 2)
-        sources = encoded if self.input_norm is None else self.input_norm(encoded)
-        update = self.attention(queries, sources, groups.tokens, rotation).view(stm.shape)
+        update = self.attention(queries, self._sources(encoded), groups.tokens, rotation).view(stm.shape)
         after = self._mix("gate", old, update, gates) if self.residual else update
         after = after.to(stm.dtype)
         return after if present is None else torch.where(present[:, None, None], after, before)
+
+    def _sources(self, encoded: torch.Tensor) -> torch.Tensor:
+        """What the slots read of ``encoded`` [L, N, D]."""
+        return encoded if self.input_norm is None else self.input_norm(encoded)
 
     def _read_memory(
         self,

@@ -288,12 +288,16 @@ class MoE(nn.Module):
             return None
         if self.config.aux_loss == "switch":
             if not self.training or self.shares is None:
-                shares = load_shares(count_experts(routing.experts, experts))
+                shares = load_shares(self.loads_of(routing))
             else:
                 shares = self.shares
             return switch_loss(routing.probabilities, shares)
         balance = routing.chosen_mass * (experts / chosen)
         return (balance if deviation is None else balance + deviation).sum()
+
+    def loads_of(self, routing: Routing) -> torch.Tensor:
+        """How many of the tokens of a pass chose each expert: int64 [E]."""
+        return count_experts(routing.experts, self.config.num_experts)
 
     def run_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Send ``x`` [N, D] through the chosen experts and sum their weighted outputs, [N, D]."""

@@ -34,6 +34,8 @@ class Coordinates(NamedTuple):
 class Mesh:
     """``world_size`` ranks, arranged.
 
+    With ``sequence_parallel`` the ranks of a tensor group also divide the tokens between products.
+
     Raises:
         MeshError: a size is below 1, or does not divide the number of ranks.
     """
@@ -41,6 +43,7 @@ class Mesh:
     world_size: int
     tensor_size: int = 1
     expert_size: int = 1
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
         if self.world_size < 1:

@@ -44,14 +44,16 @@ def parallelize(model: RxTModel, mesh: Mesh, rank: int) -> None:
     and loaded ones are the same on every mesh.
 
     Attention heads, hidden channels and the vocabulary are dealt out over the tensor group, experts over the
-    expert group; everything else is a copy on every rank.
+    expert group; everything else is a copy on every rank. With sequence parallelism the ranks of a tensor
+    group also divide the tokens between the layers' products.
     """
     groups = None
     if mesh.tensor_size > 1:
-        from rxt_dist.parallel.tensor_layers import TensorRank
+        from rxt_dist.parallel.tensor_layers import Pass, TensorRank
 
         groups = open_groups(mesh, rank)
-        share_tensors(model, TensorRank(mesh.coordinates(rank).tp, mesh.tensor_size, groups.tensor))
+        sliced = Pass() if mesh.sequence_parallel else None
+        share_tensors(model, TensorRank(mesh.coordinates(rank).tp, mesh.tensor_size, groups.tensor, sliced))
     set_data_group(None if groups is None else groups.data)
     if mesh.expert_size > 1:
         group = _expert_group(mesh, rank)
@@ -69,6 +71,7 @@ def share_tensors(model: RxTModel, tensor: TensorRank) -> None:
     Copies stay: norms, routers, gates of the memory, biases behind a sum, and the memory cross-attention of
     encoders, which is never run in training.
     """
+    from rxt_dist.parallel.sequence import SlicedDecoder, SlicedEncoder, SlicedMemoryAttention
     from rxt_dist.parallel.tensor_attention import (
         TensorCrossAttention,
         TensorSelfAttention,
@@ -91,9 +94,14 @@ def share_tensors(model: RxTModel, tensor: TensorRank) -> None:
             layer.feed_forward = SlicedMoE(layer.feed_forward, tensor)
     for name, part in list(model.memory_attention.named_children()):
         if isinstance(part, StackedAttention):
-            setattr(model.memory_attention, name, TensorStackedAttention(part, tensor))
+            shared = TensorStackedAttention(part, tensor, of_tokens=name == "attention")
+            setattr(model.memory_attention, name, shared)
     decoder.lm_head = TensorLMHead(decoder.lm_head, tensor)
     model.mlm_head = TensorMLMHead(model.mlm_head, tensor)
+    if tensor.sliced is not None:
+        model.encoder = SlicedEncoder(model.encoder, tensor)
+        model.decoder = SlicedDecoder(decoder, tensor)
+        model.memory_attention = SlicedMemoryAttention(model.memory_attention, tensor)
 
 
 def placement(model: nn.Module) -> Placement:

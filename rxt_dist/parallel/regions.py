@@ -1,14 +1,27 @@
 """Where computation passes between what all tensor-parallel ranks do alike and what each does a part of.
 
-Outside, all ranks of the group have the same activations and the same whole gradients of them. Inside, each
-computes a part.
+Outside, all ranks of the group have the same activations and the same whole gradients of them, or each has a
+slice of the rows (sequence parallelism: Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198). Inside,
+each computes a part of all rows.
+
+| from | to | | forward | backward |
+|---|---|---|---|---|
+| whole | parts | :func:`enter_parts` | nothing | sum |
+| parts | whole | :func:`leave_parts` | sum | nothing |
+| slices | parts | :func:`gather_slices`, :func:`gathered_products` | gather | sum, slice |
+| parts | slices | :func:`scatter_parts` | sum, slice | gather |
+| whole | slices | :func:`take_slice` | slice | gather |
+| slices | whole | :func:`join_slices` | gather | slice |
+
+Megatron-core has mappings like these, which run on CUDA devices only and on equal slices.
 
 Shape legend: N rows, R ranks of the group, c = ceil(N / R) rows of a slice; the last slices may be shorter
-or empty.
+or empty, n the rows of this rank's. D inputs and O outputs of a product, L layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,12 +58,42 @@ def join_slices(x: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.T
     return out
 
 
+def gather_slices(x: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """All slices [N, ...] of ``rows`` N rows, of which each rank goes on to compute a part; their gradients
+    are added up. ``x`` [n, ...] is this rank's slice."""
+    out: torch.Tensor = _GatherSlices.apply(x, rows, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def scatter_parts(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """This rank's slice [n, ...] of the sum of ``x`` [N, ...] over the ranks."""
+    out: torch.Tensor = _ScatterParts.apply(x, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def gathered_products(
+    x: torch.Tensor, matrices: Sequence[torch.Tensor], rows: int, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, ...]:
+    """``gather_slices(x) @ matrix.mT`` [N, O] for each of ``matrices`` [O, D]; or with ``x`` [L, n, D] and
+    matrices [L, O, D], [L, N, O].
+
+    For the backward pass only this rank's slice ``x`` is kept; the others are gathered again.
+    """
+    out: tuple[torch.Tensor, ...] = _GatheredProducts.apply(x, rows, group, *matrices)  # type: ignore[no-untyped-call]
+    return out
+
+
 def gathered(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """``x`` [...] of every rank, [R, ...]; without gradient."""
     out = x.new_empty(group.size(), *x.shape)
     if x.numel():
         dist.all_gather_into_tensor(out.view(-1), x.reshape(-1), group=group)
     return out
+
+
+def joined(x: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """The slices of all ranks, [N, ...], of which ``x`` [n, ...] is this rank's; without gradient."""
+    return _start_join(x, rows, group)()
 
 
 def summed(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -60,11 +103,42 @@ def summed(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return out
 
 
-def _join(x: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
-    count = -(-rows // group.size())
-    padded = x.new_zeros(count, *x.shape[1:])
-    padded[: x.shape[0]] = x
-    return gathered(padded, group).flatten(0, 1)[:rows]
+Pending = Callable[[], torch.Tensor]
+"""Waits for an exchange that was started and gives its result."""
+
+
+def _start_join(x: torch.Tensor, rows: int, group: dist.ProcessGroup) -> Pending:
+    """The slices of all ranks, [N, ...], of which ``x`` [n, ...] is this rank's."""
+    count, place = -(-rows // group.size()), slice_of(rows, group)
+    assert x.shape[0] == place.stop - place.start, (x.shape, rows)
+    own = _lengthened(x.contiguous(), count)
+    out = x.new_empty(group.size() * count, *x.shape[1:])
+    work = dist.all_gather_into_tensor(out, own, group=group, async_op=True) if out.numel() else None
+    return _pending(work, out[:rows])
+
+
+def _start_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
+    """This rank's slice [n, ...] of the sum of ``x`` [N, ...] over the ranks."""
+    rows, ranks = x.shape[0], group.size()
+    count, own = -(-rows // ranks), slice_of(rows, group)
+    parts = _lengthened(x.contiguous(), ranks * count)
+    out = x.new_empty(count, *x.shape[1:])
+    work = dist.reduce_scatter_tensor(out, parts, group=group, async_op=True) if out.numel() else None
+    return _pending(work, out[: own.stop - own.start])
+
+
+def _pending(work: dist.Work | None, result: torch.Tensor) -> Pending:
+    def wait() -> torch.Tensor:
+        if work is not None:
+            work.wait()
+        return result
+
+    return wait
+
+
+def _lengthened(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """``x`` with rows of zeros at its end, as many as are missing to ``rows``."""
+    return x if x.shape[0] == rows else torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
 
 
 class _Enter(torch.autograd.Function):
@@ -96,15 +170,80 @@ class _TakeSlice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _join(grads[0], ctx.rows, ctx.group), None
+        return _start_join(grads[0], ctx.rows, ctx.group)(), None
 
 
 class _JoinSlices(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
-        return _join(x, rows, group)
+        return _start_join(x, rows, group)()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return grads[0][slice_of(grads[0].shape[0], ctx.group)], None, None
+
+
+class _GatherSlices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _start_join(x, rows, group)()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _start_scatter(grads[0], ctx.group)(), None, None
+
+
+class _ScatterParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group, ctx.rows = group, x.shape[0]
+        return _start_scatter(x, group)()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _start_join(grads[0], ctx.rows, ctx.group)(), None
+
+
+class _GatheredProducts(torch.autograd.Function):
+    """Exchanges of the backward pass run beside its products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, rows: int, group: dist.ProcessGroup, *matrices: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.rows, ctx.group = rows, group
+        trains = any(ctx.needs_input_grad[3:])
+        ctx.save_for_backward(x if trains else None, *matrices)
+        whole = _start_join(x.transpose(0, -2), rows, group)().transpose(0, -2)
+        return tuple(torch.matmul(whole, matrix.mT) for matrix in matrices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *matrices = ctx.saved_tensors
+        need_x, _, _, *needed = ctx.needs_input_grad
+        whole = None if x is None else _start_join(x.transpose(0, -2), ctx.rows, ctx.group)
+        own: Pending | None = None
+        if need_x:
+            own = _start_scatter(_added_products(grads, matrices).transpose(0, -2), ctx.group)
+        found: list[torch.Tensor | None] = [None] * len(grads)
+        if whole is not None:
+            found = _weight_gradients(grads, whole().transpose(0, -2), needed)
+        return None if own is None else own().transpose(0, -2), None, None, *found
+
+
+def _added_products(gradients: Sequence[torch.Tensor], matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Gradient of what was multiplied by all of ``matrices``."""
+    total = torch.matmul(gradients[0], matrices[0])
+    for gradient, matrix in zip(gradients[1:], matrices[1:], strict=True):
+        total += torch.matmul(gradient, matrix)
+    return total
+
+
+def _weight_gradients(
+    gradients: Sequence[torch.Tensor], x: torch.Tensor, needed: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """Gradients of the matrices that ``x`` was multiplied by, where they are ``needed``."""
+    pairs = zip(gradients, needed, strict=True)
+    return [torch.matmul(gradient.mT, x) if wanted else None for gradient, wanted in pairs]

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from rxt_dist.config.base import divisors
-from rxt_dist.model.attention import CrossAttention, SelfAttention
-from rxt_dist.model.cache import KeysValues
+from rxt_dist.model.attention import CrossAttention, SelfAttention, TokenAttention
 from rxt_dist.model.memory_attention import StackedAttention
 from rxt_dist.parallel.regions import enter_parts
 from rxt_dist.parallel.tensor_layers import (
@@ -28,6 +27,7 @@ from rxt_dist.parallel.tensor_layers import (
     StackedRow,
     StackedSharedHeads,
     TensorRank,
+    take_over,
 )
 
 
@@ -77,15 +77,18 @@ def _fewest(partners: list[int], reverse: bool) -> list[int]:
 class _Dealt(nn.Module):
     """What the attentions below have in common; mixed into the attention that they replace."""
 
+    _tensor: TensorRank
+
     def partial_parameters(self) -> list[str]:
         """Head norms are copies, of which each rank sees its heads."""
         return [f"{name}.weight" for name in ("query_norm", "key_norm") if getattr(self, name) is not None]
 
 
-def _take_over(part: nn.Module, whole: nn.Module) -> None:
-    """Give ``part`` all that ``whole`` has, before what differs is replaced."""
-    vars(part).update(vars(whole))
-    part._parameters, part._modules = dict(whole._parameters), dict(whole._modules)
+class _DealtTokens(_Dealt, TokenAttention):
+    """The same where queries are tokens."""
+
+    def _map(self, x: torch.Tensor, maps: Sequence[Any]) -> Sequence[torch.Tensor]:
+        return self._tensor.products(x, [one.matrix() for one in maps])
 
 
 def _share_outputs(
@@ -97,27 +100,27 @@ def _share_outputs(
     held = max(query, kv, key=lambda side: side.total).rows(width)
     gate = part.gate
     if gate is not None:
-        part.gate = ColumnLinear(gate, [gate.out_features], [held], tensor, adds_gradient=False)
+        part.gate = ColumnLinear(gate, [gate.out_features], [held], tensor)
     part.out = RowLinear(part.out, held, tensor)
 
 
 def _projection(
-    whole: nn.Linear, sides: Sequence[Side], head_width: int, tensor: TensorRank
+    whole: nn.Linear, sides: Sequence[Side], head_width: int, tensor: TensorRank, *, of_memory: bool = False
 ) -> ColumnLinear | SharedHeads:
     """The heads of ``sides``, one for each canonical tensor of ``whole``, that a rank computes."""
     if all(side.dealt for side in sides):
         rows = [side.total * head_width for side in sides]
         held = [side.rows(head_width) for side in sides]
-        return ColumnLinear(whole, rows, held, tensor, adds_gradient=False)
-    return SharedHeads(whole, len(sides), head_width, sides[0].numbers)
+        return ColumnLinear(whole, rows, held, tensor, of_memory=of_memory)
+    return SharedHeads(whole, len(sides), head_width, sides[0].numbers, tensor)
 
 
-class TensorSelfAttention(_Dealt, SelfAttention):
+class TensorSelfAttention(_DealtTokens, SelfAttention):
     """Some heads of ``whole``; stands where it stood."""
 
     def __init__(self, whole: SelfAttention, tensor: TensorRank) -> None:
         nn.Module.__init__(self)
-        _take_over(self, whole)
+        take_over(self, whole)
         self._tensor = tensor
         query, kv = deal_heads(whole.query_heads, whole.kv_heads, tensor.rank, tensor.size)
         self._whole_rows = [side.total * self.head_width for side in (query, kv, kv)]
@@ -138,40 +141,34 @@ class TensorSelfAttention(_Dealt, SelfAttention):
             return {"qkv.first.weight": [query], "qkv.second.weight": [key, value]}
         return {"qkv.weight": [query, key, value]}
 
-    def forward(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        return super().forward(enter_parts(x, self._tensor.ranks), *arguments)
 
-
-class TensorCrossAttention(_Dealt, CrossAttention):
+class TensorCrossAttention(_DealtTokens, CrossAttention):
     """Some heads of ``whole``; stands where it stood."""
 
     def __init__(self, whole: CrossAttention, tensor: TensorRank) -> None:
         nn.Module.__init__(self)
-        _take_over(self, whole)
+        take_over(self, whole)
         self._tensor = tensor
         query, kv = deal_heads(whole.query_heads, whole.kv_heads, tensor.rank, tensor.size)
         self._whole_rows = kv.total * self.head_width
         self.q = _projection(whole.q, [query], self.head_width, tensor)
-        self.kv = _projection(whole.kv, [kv, kv], self.head_width, tensor)
+        self.kv = _projection(whole.kv, [kv, kv], self.head_width, tensor, of_memory=True)
         _share_outputs(self, query, kv, tensor)
 
     def canonical_parts(self) -> dict[str, list[tuple[str, int]]]:
         return {"kv.weight": [("k.weight", self._whole_rows), ("v.weight", self._whole_rows)]}
 
-    def read(self, memory: torch.Tensor) -> KeysValues:
-        return super().read(enter_parts(memory, self._tensor.ranks))
-
-    def forward(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        return super().forward(enter_parts(x, self._tensor.ranks), *arguments)
-
 
 class TensorStackedAttention(_Dealt, StackedAttention):
-    """Some heads of ``whole``, of all layers; stands where it stood."""
+    """Some heads of ``whole``, of all layers; stands where it stood.
 
-    def __init__(self, whole: StackedAttention, tensor: TensorRank) -> None:
+    Sources ``of_tokens`` are the rows that this rank has of the encoder's; all other rows are whole.
+    """
+
+    def __init__(self, whole: StackedAttention, tensor: TensorRank, *, of_tokens: bool) -> None:
         nn.Module.__init__(self)
-        _take_over(self, whole)
-        self._tensor = tensor
+        take_over(self, whole)
+        self._tensor, self._of_tokens = tensor, of_tokens
         width = self.head_width
         query_heads, kv_heads = (linear.weight.shape[1] // width for linear in (whole.q, whole.k))
         query, kv = deal_heads(query_heads, kv_heads, tensor.rank, tensor.size)
@@ -188,10 +185,12 @@ class TensorStackedAttention(_Dealt, StackedAttention):
         if whole.gate is not None:
             self.gate = StackedColumn(whole.gate, held)
 
-    def forward(self, queries: torch.Tensor, sources: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        dtype, group = self.q.weight.dtype, self._tensor.ranks
-        queries, sources = (enter_parts(rows.to(dtype), group) for rows in (queries, sources))
-        return super().forward(queries, sources, *arguments)
+    def _map(self, rows: torch.Tensor, maps: Sequence[Any]) -> Sequence[torch.Tensor]:
+        matrices = [one.matrix() for one in maps]
+        if self._of_tokens and maps[0] is self.k:
+            return self._tensor.products(rows, matrices, of_memory=True)
+        rows = enter_parts(rows, self._tensor.ranks)
+        return [torch.matmul(rows, matrix.mT) for matrix in matrices]
 
 
 def _like(whole: nn.Linear, outputs: int) -> nn.Linear:

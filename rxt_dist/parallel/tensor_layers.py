@@ -27,25 +27,77 @@ from rxt_dist.parallel.megatron import (
     VocabParallelEmbedding,
     get_pg_size,
 )
-from rxt_dist.parallel.regions import leave_parts
+from rxt_dist.parallel.regions import (
+    enter_parts,
+    gather_slices,
+    gathered_products,
+    leave_parts,
+    scatter_parts,
+)
+
+
+class Pass:
+    """The pass of encoder or decoder that runs now, of whose rows each rank has a slice between products.
+
+    Attributes:
+        tokens: those of all slices; the embedding, with which every pass begins, sets them.
+        read: rows that each layer reads of a memory, or memory attention of the encoder, of all slices; the
+            decoder and memory attention set them.
+    """
+
+    tokens = 0
+    read = 0
 
 
 class TensorRank(NamedTuple):
-    """This rank among those that share tensors. ``group`` is None where nothing is computed, as in plans."""
+    """This rank among those that share tensors. ``group`` is None where nothing is computed, as in plans.
+
+    ``sliced`` is None where every rank has all tokens between products.
+    """
 
     rank: int
     size: int
     group: dist.ProcessGroup | None
+    sliced: Pass | None = None
 
     @property
     def ranks(self) -> dist.ProcessGroup:
         assert self.group is not None
         return self.group
 
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """All tokens [N, ...] of which the ranks compute parts, of the rows that this one has."""
+        if self.sliced is None:
+            return enter_parts(x, self.ranks)
+        return gather_slices(x, self.sliced.tokens, self.ranks)
+
+    def leave(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows that this rank goes on with of the sum of the ranks' ``x`` [N, ...]."""
+        return leave_parts(x, self.ranks) if self.sliced is None else scatter_parts(x, self.ranks)
+
+    def products(
+        self, x: torch.Tensor, matrices: Sequence[torch.Tensor], *, of_memory: bool = False
+    ) -> Sequence[torch.Tensor]:
+        """``enter(x) @ matrix.mT`` for each of ``matrices`` [o, I] or [L, o, I]; gathered rows are not kept.
+
+        ``x`` [N, I] or [L, N, I] are tokens, or with ``of_memory`` what a layer reads besides its tokens.
+        """
+        if self.sliced is None:
+            rows = enter_parts(x, self.ranks)
+            return [torch.matmul(rows, matrix.mT) for matrix in matrices]
+        count = self.sliced.read if of_memory else self.sliced.tokens
+        return gathered_products(x, matrices, count, self.ranks)
+
     def part_of(self, total: int) -> range:
         """The consecutive entries of ``total`` that this rank holds; all ranks hold equally many."""
         count = total // self.size
         return range(self.rank * count, (self.rank + 1) * count)
+
+
+def take_over(part: nn.Module, whole: nn.Module) -> None:
+    """Give ``part`` all that ``whole`` has, before what differs is replaced."""
+    vars(part).update(vars(whole))
+    part._parameters, part._modules = dict(whole._parameters), dict(whole._modules)
 
 
 def _megatron_config(tensor: TensorRank) -> ModelParallelConfig:
@@ -62,7 +114,7 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
     """Some outputs of a linear map. x [N, I] -> [N, o].
 
     ``whole`` is the map, ``held`` the outputs of each of the canonical tensors that it consists of, of
-    ``rows`` outputs each. With ``adds_gradient`` false the caller adds up the gradients of x over the ranks.
+    ``rows`` outputs each. x are the rows that this rank has of the tokens, or of a memory (``of_memory``).
     """
 
     def __init__(
@@ -72,7 +124,7 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
         held: Sequence[range],
         tensor: TensorRank,
         *,
-        adds_gradient: bool = True,
+        of_memory: bool = False,
     ) -> None:
         outputs = sum(len(part) for part in held)
         with whole.weight.device:
@@ -82,11 +134,16 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
                 bias=whole.bias is not None,
                 config=_megatron_config(tensor),
                 init_method=_no_values,
-                disable_grad_reduce=not adds_gradient,
                 tp_group=tensor.group,
             )
         self.in_features, self.out_features = whole.in_features, outputs
         self._pieces = list(zip(rows, held, strict=True))
+        self._tensor, self._of_memory = tensor, of_memory
+
+    def matrix(self) -> torch.Tensor:
+        """What it multiplies by: [o, I]."""
+        weight: torch.Tensor = self.weight
+        return weight
 
     def cuts(self) -> dict[str, list[Cut]]:
         found = {"weight": [Cut.along(0, (rows, self.in_features), held) for rows, held in self._pieces]}
@@ -98,12 +155,16 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
         return dict.fromkeys(("weight", "bias"), linear_default(self.in_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._tensor.sliced is not None:
+            (own,) = self._tensor.products(x, [self.weight], of_memory=self._of_memory)
+            return own if self.bias is None else own + self.bias
         out: torch.Tensor = super().forward(x)[0]
         return out
 
 
 class RowLinear(RowParallelLinear):  # type: ignore[misc]
-    """A linear map of which every rank has some of the inputs. x [N, i] -> [N, O], the same on all ranks."""
+    """A linear map of which every rank has some of the inputs. x [N, i] -> [N, O], the same on all ranks, or
+    the rank's slice [n, O]."""
 
     def __init__(self, whole: nn.Linear, held: range, tensor: TensorRank) -> None:
         with whole.weight.device:
@@ -119,6 +180,10 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
             )
         self.in_features, self.out_features = len(held), whole.out_features
         self._whole_inputs, self._held = whole.in_features, held
+        self._tensor = tensor
+
+    def partial_parameters(self) -> list[str]:
+        return ["bias"] if self.bias is not None and self._tensor.sliced is not None else []
 
     def cuts(self) -> dict[str, list[Cut]]:
         return {"weight": [Cut.along(1, (self.out_features, self._whole_inputs), self._held)]}
@@ -127,12 +192,15 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
         return dict.fromkeys(("weight", "bias"), linear_default(self._whole_inputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._tensor.sliced is not None:
+            own = self._tensor.leave(F.linear(x, self.weight))
+            return own if self.bias is None else own + self.bias
         out: torch.Tensor = super().forward(x)[0]
         return out
 
 
 class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
-    """Rows of an embedding. int64 [N] -> [N, D], the same on all ranks.
+    """Rows of an embedding. int64 [N] -> [N, D], the same on all ranks, or the rank's slice [n, D].
 
     Ranks hold equally many rows; those beyond the vocabulary are zeros that no token looks up.
     """
@@ -147,13 +215,18 @@ class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
                 init_method=_no_values,
                 tp_group=tensor.group,
             )
-        self._vocabulary, self._held = whole.num_embeddings, rows
+        self._vocabulary, self._held, self._tensor = whole.num_embeddings, rows, tensor
 
     def cuts(self) -> dict[str, list[Cut]]:
         held = real_rows(self._vocabulary, self._held)
         return {"weight": [Cut.along(0, (self._vocabulary, self.embedding_dim), held)]}
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self._tensor.sliced is not None:
+            self._tensor.sliced.tokens = tokens.shape[0]
+            elsewhere = (tokens < self._held.start) | (tokens >= self._held.stop)
+            rows = F.embedding((tokens - self._held.start).masked_fill(elsewhere, 0), self.weight)
+            return self._tensor.leave(rows.masked_fill(elsewhere[:, None], 0.0))
         out: torch.Tensor = super().forward(tokens)
         return out
 
@@ -172,40 +245,54 @@ def real_rows(vocabulary: int, rows: range) -> range:
 class SharedHeads(nn.Linear):
     """Some heads of a projection whose whole weight every rank has: heads of it are read by several ranks.
 
-    x [N, I] -> [N, pieces * heads * d]. The gradient of the weight is this rank's share of it.
+    x [N, I], which are the rows that this rank has of a memory, -> [N, pieces * heads * d]. The gradient of
+    the weight is this rank's share of it.
     """
 
-    def __init__(self, whole: nn.Linear, pieces: int, head_width: int, heads: Sequence[int]) -> None:
+    def __init__(
+        self, whole: nn.Linear, pieces: int, head_width: int, heads: Sequence[int], tensor: TensorRank
+    ) -> None:
         super().__init__(whole.in_features, whole.out_features, bias=False, device=whole.weight.device)
         self._pieces, self._head_width, self._heads = pieces, head_width, heads
+        self._tensor = tensor
 
     def partial_parameters(self) -> list[str]:
         return ["weight"]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def matrix(self) -> torch.Tensor:
+        """What it multiplies by: [pieces * heads * d, I]."""
         weight = self.weight.view(self._pieces, -1, self._head_width, self.in_features)
-        return F.linear(x, pick_heads(weight, self._heads).reshape(-1, self.in_features))
+        return pick_heads(weight, self._heads).reshape(-1, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (out,) = self._tensor.products(x, [self.matrix()], of_memory=True)
+        return out
 
 
 class JoinedLinear(nn.Module):
-    """Two projections of the same input, joined: x [N, I] -> [N, o of the first + o of the second]."""
+    """Two projections of the same input, joined."""
 
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+    def __init__(self, first: ColumnLinear | SharedHeads, second: ColumnLinear | SharedHeads) -> None:
         super().__init__()
         self.first, self.second = first, second
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.first(x), self.second(x)], dim=-1)
+    def matrix(self) -> torch.Tensor:
+        """What it multiplies by: [o of the first + o of the second, I]."""
+        return torch.cat([self.first.matrix(), self.second.matrix()])
 
 
 class StackedColumn(StackedLinear):
-    """Some outputs of one linear map a layer. x [L, R, I] -> [L, R, o]; the caller adds up its gradients."""
+    """Some outputs of one linear map a layer."""
 
     def __init__(self, whole: StackedLinear, held: range) -> None:
         layers, self._outputs, inputs = whole.weight.shape
         with whole.weight.device:
             super().__init__(layers, inputs, len(held), bias=whole.bias is not None)
         self._held = held
+
+    def matrix(self) -> torch.Tensor:
+        """What it multiplies by: [L, o, I]."""
+        return self.weight
 
     def cuts(self) -> dict[str, list[Cut]]:
         layers, _, inputs = self.weight.shape
@@ -249,11 +336,11 @@ class StackedSharedHeads(StackedLinear):
     def partial_parameters(self) -> list[str]:
         return ["weight"]
 
-    def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def matrix(self) -> torch.Tensor:
+        """What it multiplies by: [L, heads * d, I]."""
         layers, _, inputs = self.weight.shape
         weight = pick_heads(self.weight.view(layers, -1, self._head_width, inputs), self._heads)
-        rows = x.to(weight.dtype).expand(layers, -1, -1)
-        return torch.bmm(rows, weight.reshape(layers, -1, inputs).mT)
+        return weight.reshape(layers, -1, inputs)
 
 
 def pick_heads(values: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:

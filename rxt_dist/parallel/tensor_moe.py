@@ -1,10 +1,11 @@
 """Mixture of experts between tensor-parallel ranks: routed by tokens, shared ones by hidden channels.
 
 All ranks of a group route all tokens alike. Each sends its own slice of them through the routed experts, so
-that none is computed twice; then the slices are joined.
+that none is computed twice; then the slices are joined. Where ranks have slices of the tokens anyway, each
+routes and sends its own.
 
-Shape legend: N tokens, n tokens of this rank's slice, D embedding width, S shared experts, K experts a token
-visits, f hidden channels held here of each shared expert.
+Shape legend: N tokens, or this rank's slice of them, n tokens of that slice, D embedding width, S shared
+experts, K experts a token visits, f hidden channels held here of each shared expert.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from rxt_dist.model.canonical import Box, Cut
 from rxt_dist.model.feedforward import FeedForward, activate
 from rxt_dist.model.initialisation import Distribution
 from rxt_dist.model.moe import MoE, Routing, SharedExperts, expert_distributions
-from rxt_dist.parallel.regions import enter_parts, join_slices, leave_parts, slice_of, take_slice
-from rxt_dist.parallel.tensor_layers import ColumnLinear, RowLinear, TensorRank
+from rxt_dist.parallel.regions import join_slices, slice_of, summed, take_slice
+from rxt_dist.parallel.tensor_layers import ColumnLinear, RowLinear, TensorRank, take_over
 
 
 def split_feed_forward(layer: FeedForward, tensor: TensorRank) -> None:
@@ -38,25 +39,35 @@ class SlicedMoE(MoE):
 
     def __init__(self, whole: MoE, tensor: TensorRank) -> None:
         nn.Module.__init__(self)
-        vars(self).update(vars(whole))
-        self._parameters, self._modules = dict(whole._parameters), dict(whole._modules)
+        take_over(self, whole)
         self._tensor = tensor
         if isinstance(self.shared, SharedExperts):
             self.shared = TensorSharedExperts(self.shared, tensor)
         elif self.shared is not None:
             split_feed_forward(self.shared, tensor)
 
+    def partial_parameters(self) -> list[str]:
+        if self._tensor.sliced is None:
+            return []
+        return ["router.proj.weight"] + ["output_bias"] * (self.output_bias is not None)
+
+    def loads_of(self, routing: Routing) -> torch.Tensor:
+        own = super().loads_of(routing)
+        return own if self._tensor.sliced is None else summed(own, self._tensor.ranks)
+
     def run_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         group, loads = self._tensor.ranks, self.loads
-        own = slice_of(x.shape[0], group)
-        part = replace(routing, weights=take_slice(routing.weights, group), experts=routing.experts[own])
-        self.loads = None  # each rank counts all tokens, as its data-parallel peers do
-        out = super().run_experts(take_slice(x, group), part)
-        self.loads = loads
         if loads is not None:
-            chosen = routing.experts.flatten()
-            loads.index_add_(0, chosen, torch.ones_like(chosen))
-        return join_slices(out, x.shape[0], group)
+            loads += self.loads_of(routing)  # of all tokens, as data-parallel peers count theirs
+        self.loads = None
+        if self._tensor.sliced is not None:
+            out = super().run_experts(x, routing)
+        else:
+            own = slice_of(x.shape[0], group)
+            part = replace(routing, weights=take_slice(routing.weights, group), experts=routing.experts[own])
+            out = join_slices(super().run_experts(take_slice(x, group), part), x.shape[0], group)
+        self.loads = loads
+        return out
 
 
 class TensorSharedExperts(SharedExperts):
@@ -80,6 +91,12 @@ class TensorSharedExperts(SharedExperts):
                 init=whole.init,
             )
 
+    def partial_parameters(self) -> list[str]:
+        if self._tensor.sliced is None:
+            return []
+        copies = {"gate.weight": self.gate.weight, "b_out": self.b_out, "output_bias": self.output_bias}
+        return [name for name, parameter in copies.items() if parameter is not None]
+
     def cuts(self) -> dict[str, list[Cut]]:
         count, width, held = self.w_out.shape
         halves = 2 if self.gated else 1
@@ -99,13 +116,14 @@ class TensorSharedExperts(SharedExperts):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         share, deviation = self.shares(x)
-        group = self._tensor.ranks
-        hidden = torch.matmul(enter_parts(x, group), self.w_in.transpose(1, 2))  # [S, N, inner]
+        count, inner, _ = self.w_in.shape
+        (hidden,) = self._tensor.products(x, [self.w_in.flatten(0, 1)])
+        hidden = hidden.view(-1, count, inner).transpose(0, 1)  # [S, N, inner]
         if self.b_in is not None:
             hidden = hidden + self.b_in[:, None]
         out = torch.matmul(activate(hidden, self.activation, self.gated), self.w_out.transpose(1, 2))
         weights = share.to(out.dtype)
-        mixed = leave_parts((out * enter_parts(weights, group).T[..., None]).sum(dim=0), group)
+        mixed = self._tensor.leave((out * self._tensor.enter(weights).T[..., None]).sum(dim=0))
         if self.b_out is not None:
             mixed = mixed + weights @ self.b_out
         if self.output_bias is not None:

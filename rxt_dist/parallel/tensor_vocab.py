@@ -16,7 +16,7 @@ from torch import nn
 from rxt_dist.model.canonical import Cut
 from rxt_dist.model.heads import CROSS_ENTROPY_CHUNK, LMHead, Loss, MLMHead
 from rxt_dist.model.initialisation import Distribution, linear_default
-from rxt_dist.parallel.regions import gathered, summed
+from rxt_dist.parallel.regions import gathered, joined, slice_of, summed
 from rxt_dist.parallel.tensor_layers import TensorRank, real_rows, vocabulary_part
 
 
@@ -30,6 +30,7 @@ class _VocabHead(nn.Module):
         """Take the place of a head with ``weight`` [V, D]."""
         self._vocabulary, width = weight.shape
         self._rows, self._tensor = vocabulary_part(self._vocabulary, tensor), tensor
+        self._keeps_slice = tensor.sliced is not None
         self.weight = nn.Parameter(torch.empty(len(self._rows), width, device=weight.device))
         self.bias = nn.Parameter(torch.empty(len(self._rows), device=weight.device))
 
@@ -47,7 +48,7 @@ class _VocabHead(nn.Module):
         """Of rows [m, D], which all ranks have, and int64 targets [m]."""
         held, group = real_rows(self._vocabulary, self._rows), self._tensor.ranks
         loss, correct = _VocabCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            features, self.weight, self.bias, targets, CROSS_ENTROPY_CHUNK, held, group
+            features, self.weight, self.bias, targets, CROSS_ENTROPY_CHUNK, held, group, self._keeps_slice
         )
         return loss, correct
 
@@ -85,7 +86,8 @@ class _VocabCrossEntropy(torch.autograd.Function):
     """What :func:`rxt_dist.kernels.cross_entropy.linear_cross_entropy` gives, each rank with its logits.
 
     Ranks exchange four numbers a row, once for all chunks: the logarithm of their sum of exponentials, the
-    target's logit, the largest logit, and whether that is the target's.
+    target's logit, the largest logit, and whether that is the target's. With ``keeps_slice`` each keeps its
+    slice of the rows for the backward pass, which gathers the others again.
     """
 
     @staticmethod
@@ -98,6 +100,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
         chunk: int,
         held: range,
         group: dist.ProcessGroup,
+        keeps_slice: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         own = torch.empty(4, hidden.shape[0], dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk):
@@ -105,8 +108,9 @@ class _VocabCrossEntropy(torch.autograd.Function):
             _own_numbers(hidden[part], weight, bias, targets[part], held, own[:, part])
         normalisers, wanted, best, hits = gathered(own, group).unbind(1)  # [R, m] each
         normaliser = normalisers.logsumexp(dim=0)
-        ctx.chunk, ctx.held, ctx.group = chunk, held, group
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
+        ctx.chunk, ctx.held, ctx.group, ctx.keeps_slice = chunk, held, group, keeps_slice
+        kept = hidden[slice_of(len(hidden), group)].clone() if keeps_slice else hidden
+        ctx.save_for_backward(kept, weight, bias, targets, normaliser)
         # Of equal logits the first one counts, as in a whole vocabulary.
         correct = hits.gather(0, best.max(dim=0, keepdim=True).indices).sum().long()
         ctx.mark_non_differentiable(correct)
@@ -115,8 +119,10 @@ class _VocabCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, *grads: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None, None, None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None, None, None, None]:
         hidden, weight, bias, targets, normaliser = ctx.saved_tensors
+        if ctx.keeps_slice:
+            hidden = joined(hidden, len(targets), ctx.group)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
@@ -142,6 +148,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
             None if grad_hidden is None else summed(grad_hidden, ctx.group),
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
             None,
             None,
             None,

@@ -20,7 +20,8 @@ def build_module(
 
     ``load`` may replace the fresh weights.
     """
-    mesh = Mesh(world.size, config.parallel.tensor_size, config.parallel.expert_size)
+    sizes = config.parallel
+    mesh = Mesh(world.size, sizes.tensor_size, sizes.expert_size, sizes.sequence_parallel)
     model = build_model(config.model, config.seed, lambda whole: parallelize(whole, mesh, world.rank))
     if load is not None:
         load(model)

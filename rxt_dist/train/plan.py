@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -34,6 +34,7 @@ from rxt_dist.parallel.mesh import Mesh
 from rxt_dist.parallel.parallelize import partial_parameters, share_tensors
 from rxt_dist.stages import StageModule, build_stage
 from rxt_dist.stages.base import uses
+from rxt_dist.train.sequence_traffic import divided_rows
 from rxt_dist.train.tensor_traffic import tensor_rows
 
 _FP32_BYTES = 4
@@ -75,7 +76,8 @@ def plan_run(config: RunConfig, world_size: int, vocab_size: int) -> dict[str, A
         MeshError: the run does not fit ``world_size`` ranks.
     """
     check_world_size(config, world_size)
-    mesh = Mesh(world_size, config.parallel.tensor_size, config.parallel.expert_size)
+    sizes = config.parallel
+    mesh = Mesh(world_size, sizes.tensor_size, sizes.expert_size, sizes.sequence_parallel)
     filled: dict[str, Any] = {"vocab_size": vocab_size}
     if not isinstance(config.model.special_tokens, SpecialTokens):
         filled["special_tokens"] = _ANY_TOKENS
@@ -87,6 +89,7 @@ def plan_run(config: RunConfig, world_size: int, vocab_size: int) -> dict[str, A
             "dp_size": mesh.dp_size,
             "tensor_size": mesh.tensor_size,
             "expert_size": mesh.expert_size,
+            "sequence_parallel": mesh.sequence_parallel,
             "data_groups": mesh.data_groups(),
             "tensor_groups": mesh.tensor_groups(),
             "expert_groups": mesh.expert_groups(),
@@ -106,9 +109,10 @@ class _StagePlan:
         self.element = 2 if config.precision == "bf16" else _FP32_BYTES
         self.model = empty_model(config.model)
         if mesh.tensor_size > 1:
-            from rxt_dist.parallel.tensor_layers import TensorRank
+            from rxt_dist.parallel.tensor_layers import Pass, TensorRank
 
-            share_tensors(self.model, TensorRank(0, mesh.tensor_size, None))
+            sliced = Pass() if mesh.sequence_parallel else None
+            share_tensors(self.model, TensorRank(0, mesh.tensor_size, None, sliced))
         self.module: StageModule = build_stage(self.model, config, stage)
         self.module.freeze()
         self.experts: set[nn.Parameter] = set()
@@ -275,6 +279,8 @@ class _StagePlan:
         """What the tensor group exchanges: rows of the model's width that are added up, and slices joined;
         and gradients of copies of which each rank sees a part."""
         summed, joined = tensor_rows(self.config, self.stage, self.micro_tokens, self.micro)
+        if self.mesh.sequence_parallel:
+            joined += divided_rows(self.config, self.stage, self.micro_tokens, self.micro)
         partial = sum(parameter.numel() for parameter in partial_parameters(self.module))
         # Adding up on a ring is a reduction and a gathering.
         elements = (2 * summed + joined) * self.config.model.embed_dim + 2 * partial
@@ -304,7 +310,8 @@ class _StagePlan:
 
     def _activation_elements(self) -> int:
         """See BASIS; a frozen component keeps nothing."""
-        model, tokens, shares = self.config.model, self.micro_tokens, self.mesh.tensor_size
+        model, tokens, ranks = self.config.model, self.micro_tokens, self.mesh.tensor_size
+        shares = _Shares(ranks, ranks if self.mesh.sequence_parallel else 1)
         elements = 0
         if self._keeps("encoder"):
             part = model.encoder
@@ -315,22 +322,29 @@ class _StagePlan:
         if self._keeps("decoder"):
             elements += tokens * _decoder_elements(model, shares)
         if self.stage.name == "context_sft":
-            elements += self._read_elements()
+            elements += self._read_elements(shares)
         elif self.stage.uses_lanes:
-            part_ = model.memory_attention
-            slots = self.micro * self.window * model.decoder.num_layers * model.stm_size
-            elements += slots * _attention(model, part_.heads, part_.attention, shares)
+            elements += self._write_elements(shares)
         if self.recomputed:
             elements //= self.window
         return elements
 
-    def _read_elements(self) -> int:
+    def _write_elements(self, shares: _Shares) -> int:
+        """Of memory attention: of the slots, which are whole on every rank, and of what they read."""
+        model = self.config.model
+        part, layers = model.memory_attention, model.decoder.num_layers
+        slots = self.micro * self.window * layers * model.stm_size
+        heads = 3 * part.attention.kv_heads * (model.embed_dim // part.heads)
+        read = layers * self.micro_tokens * (2 * model.embed_dim // shares.rows + heads // shares.inner)
+        return slots * _attention(model, part.heads, part.attention, _Shares(shares.inner, 1)) + read
+
+    def _read_elements(self, shares: _Shares) -> int:
         """Of the encodings that the positions of a window read: each position all those up to it."""
         model = self.config.model
         part = model.decoder
         rows = self.micro * model.seq_len * self.window * (self.window + 1) // 2
         keys_values = 2 * part.cross_attention.kv_heads * (model.embed_dim // part.heads)
-        return rows * part.num_layers * (2 * model.embed_dim + 2 * keys_values)
+        return rows * part.num_layers * (2 * model.embed_dim // shares.rows + 2 * keys_values)
 
     def _keeps(self, component: str) -> bool:
         return _trains(self.stage, component)
@@ -359,11 +373,20 @@ def _moes(module: nn.Module) -> list[MoE]:
     return [part for part in module.modules() if isinstance(part, MoE)]
 
 
-def _attention(model: ModelConfig, heads: int, config: AttentionConfig, shares: int) -> int:
+class _Shares(NamedTuple):
+    """Over how many ranks is divided what a layer keeps: ``inner``, heads and hidden channels of all rows;
+    ``rows``, of inputs and norms."""
+
+    inner: int
+    rows: int
+
+
+def _attention(model: ModelConfig, heads: int, config: AttentionConfig, shares: _Shares) -> int:
     """Elements an attention keeps of one token: its input, norm, projections (rotated) and heads' output."""
     width = model.embed_dim // heads
     inner = max(config.query_heads, config.kv_heads) * width
-    return 2 * model.embed_dim + ((2 * config.query_heads + 3 * config.kv_heads) * width + inner) // shares
+    projected = (2 * config.query_heads + 3 * config.kv_heads) * width
+    return 2 * model.embed_dim // shares.rows + (projected + inner) // shares.inner
 
 
 def _hidden(width: int, gated: bool) -> int:
@@ -371,19 +394,19 @@ def _hidden(width: int, gated: bool) -> int:
     return (4 if gated else 2) * width
 
 
-def _feed_forward(model: ModelConfig, width: int, gated: bool, shares: int) -> int:
-    return 2 * model.embed_dim + _hidden(width, gated) // shares
+def _feed_forward(model: ModelConfig, width: int, gated: bool, shares: _Shares) -> int:
+    return 2 * model.embed_dim // shares.rows + _hidden(width, gated) // shares.inner
 
 
-def _moe(model: ModelConfig, shares: int) -> int:
+def _moe(model: ModelConfig, shares: _Shares) -> int:
     part, moe = model.decoder, model.decoder.moe
     assert moe is not None
     visited = moe.top_k * (3 * model.embed_dim + _hidden(part.ff_dim, part.gated_ff))
     shared = moe.num_shared_experts * _hidden(moe.shared_expert_dim or part.ff_dim, part.gated_ff)
-    return 2 * model.embed_dim + moe.num_experts + (visited + shared) // shares
+    return (2 * model.embed_dim + moe.num_experts) // shares.rows + (visited + shared) // shares.inner
 
 
-def _decoder_elements(model: ModelConfig, shares: int) -> int:
+def _decoder_elements(model: ModelConfig, shares: _Shares) -> int:
     """Elements that all layers of the decoder keep of one token."""
     part = model.decoder
     own = _attention(model, part.heads, part.attention, shares)

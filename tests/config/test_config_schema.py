@@ -208,6 +208,11 @@ GQA_OF_TWO = "must be at most heads (4), and divide or be divided by kv_heads (2
             "found varlen; needs precision bf16, precision is fp32; valid: auto, sdpa",
         ),
         ("runtime.compile", True, "found true; needs precision bf16, precision is fp32; valid: false"),
+        (
+            "parallel.sequence_parallel",
+            True,
+            "found true, but tensor_size is 1; valid: false, or a larger tensor_size",
+        ),
     ],
 )
 def test_fields_that_contradict_each_other(

@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
 }
 MESHES: dict[str, dict[str, Any]] = {
     "tensors": {"parallel.tensor_size": 2},
+    "divided tokens": {"parallel.tensor_size": 2, "parallel.sequence_parallel": True, "zero.stage": 2},
     "experts": {"parallel.expert_size": 2},
     "both": {"parallel.tensor_size": 2, "parallel.expert_size": 2, "zero.stage": 2},
 }

@@ -28,6 +28,8 @@ SPECIAL = [
     Case("smat", 2, 1, tensor_size=2, variant="switch, z"),
     Case("joint_lm", 2, 2, 2, tensor_size=2, settings=(("zero.offload_optimizer", "cpu"),)),
     Case("smat, decoder joins", 4, 2, zero=2, tensor_size=2, variant="selection bias"),
+    Case("context_sft", 2, 1, tensor_size=2),
+    Case("context_sft", 4, 2, zero=2, tensor_size=2),
 ]
 MATRIX = [
     Case(stage, world, size, zero, accumulation, tensor_size=2)

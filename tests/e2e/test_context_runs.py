@@ -15,6 +15,7 @@ from helpers.runs import arguments, checkpoints, evaluations, metrics, relative,
 CONTEXT: dict[str, Any] = SETTINGS | {"stages": "[{name: context_sft, steps: 4, window: 3}]"}
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "2 ranks that share tensors": (2, {"parallel.tensor_size": 2}),
+    "2 ranks that divide tokens": (2, {"parallel.tensor_size": 2, "parallel.sequence_parallel": True}),
     "2 ranks with spread experts": (2, {"parallel.expert_size": 2, "zero.stage": 2}),
     "2 ranks with cut weights": (2, {"zero.stage": 3}),
 }

@@ -15,6 +15,7 @@ from helpers.runs import arguments, checkpoints, evaluations, metrics, tensors, 
 from rxt_dist.train.evaluate_checkpoint import evaluate_checkpoint
 
 SHARED: dict[str, Any] = {"parallel.tensor_size": 2, "zero.stage": 2}
+DIVIDED: dict[str, Any] = {"parallel.tensor_size": 2, "parallel.sequence_parallel": True}
 WHOLE: dict[str, tuple[int, dict[str, Any]]] = {"1 rank": (1, {}), "4 ranks": (4, SHARED)}
 
 
@@ -30,7 +31,11 @@ def whole(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_shared_tensors_are_the_same_run(whole: dict[str, Path]) -> None:
     """Losses, statistics, weights, moments, what lanes carry, samples and evaluations."""
     assert_same_path(whole["4 ranks"], whole["1 rank"])
-    for own, reference in zip(*(untimed(evaluations(whole[name])) for name in WHOLE), strict=True):
+    assert_same_evaluations(whole["4 ranks"], whole["1 rank"])
+
+
+def assert_same_evaluations(ours: Path, theirs: Path) -> None:
+    for own, reference in zip(*(untimed(evaluations(run)) for run in (ours, theirs)), strict=True):
         assert own.keys() == reference.keys()
         assert own.get("samples") == reference.get("samples")
         for name, value in reference.items():
@@ -43,6 +48,8 @@ def test_shared_tensors_are_the_same_run(whole: dict[str, Path]) -> None:
     [
         ("4 ranks", 8, 1, {}),
         ("1 rank", 4, 2, {"parallel.tensor_size": 2, "parallel.expert_size": 2}),
+        ("4 ranks", 2, 2, DIVIDED),
+        pytest.param("4 ranks", 2, 4, DIVIDED | {"parallel.expert_size": 2}, marks=pytest.mark.slow),
         pytest.param(
             "4 ranks",
             4,
@@ -56,7 +63,9 @@ def test_a_run_goes_on_on_another_mesh(
     datasets: Datasets, whole: dict[str, Path], tmp_path: Path, start: str, step: int, ranks: int, own: dict
 ) -> None:
     """Moments and counters too: the steps after the checkpoint are those of the uninterrupted run."""
-    assert_same_path(resumed(datasets, tmp_path, whole[start], step, ranks, own), whole[start])
+    run_dir = resumed(datasets, tmp_path, whole[start], step, ranks, own)
+    assert_same_path(run_dir, whole[start])
+    assert_same_evaluations(run_dir, whole[start])
 
 
 @pytest.mark.slow

@@ -19,9 +19,12 @@ from helpers import naive
 from helpers.engines import join_deepspeed, start_engine
 from helpers.lanes import (
     SETTINGS,
+    Answer,
     MemoryPieces,
     fresh_stm,
     plain_answer,
+    plain_context_answer,
+    plain_encoding,
     plain_write,
     random_conversations,
     timeline,
@@ -88,6 +91,7 @@ STAGES = {
     "smat, frozen decoder": f"{{name: smat, steps: {STEPS}, frozen: [decoder]}}",
     "smat, decoder joins": f"{{name: smat, steps: {STEPS}, unfreeze: {{decoder: 1}}}}",
     "memory_attention": f"{{name: memory_attention, steps: {STEPS}, stm_difference_scale: 0.3}}",
+    "context_sft": f"{{name: context_sft, steps: {STEPS}}}",
     "smat, always fresh": f"{{name: smat, steps: {STEPS}}}",
 }
 
@@ -106,6 +110,8 @@ class Case(NamedTuple):
     """Other settings of the run."""
     tensor_size: int = 1
     heads: str = "as tiny"
+    sequence: bool = False
+    """Whether tensor-parallel ranks divide the tokens between products."""
 
     @property
     def dp_size(self) -> int:
@@ -129,6 +135,7 @@ def _config(case: Case) -> RunConfig:
         "zero.stage": case.zero,
         "parallel.expert_size": case.expert_size,
         "parallel.tensor_size": case.tensor_size,
+        "parallel.sequence_parallel": case.sequence,
         "runtime.recompute": case.recompute,
         "optimizer": f"{{clip_norm: {CLIP}, schedule: constant}}",
         **{f"model.decoder.moe.{name}": value for name, value in VARIANTS[case.variant].items()},
@@ -191,7 +198,7 @@ def whole_model(case: Case) -> RxTModel:
 
 
 def model_of_rank(case: Case, whole: RxTModel, rank: int) -> RxTModel:
-    mesh = Mesh(case.world, case.tensor_size, case.expert_size)
+    mesh = Mesh(case.world, case.tensor_size, case.expert_size, case.sequence)
     model = build_model(case.config().model, 0, lambda one: parallelize(one, mesh, rank))
     source = canonical_values(whole, named_tensors(whole))
     target = named_tensors(model)
@@ -371,6 +378,7 @@ class Plain:
         components = {
             "joint_lm": ("encoder", "decoder", "mlm_head"),
             "memory_attention": ("memory_attention",),
+            "context_sft": ("encoder", "decoder"),
         }.get(self.case.stage, ("encoder", "decoder", "memory_attention"))
         for name, parameter in self.model.named_parameters():
             if name.startswith(components):
@@ -387,7 +395,8 @@ class Plain:
         elif self.case.stage == "memory_attention":
             return self._write_loss(number)
         else:
-            values = self._lane_means(number)
+            read = self._context_answers if self.case.stage == "context_sft" else self._lane_answers
+            values = _answer_means(read(number))
         task = torch.stack([values[name] for name in TASKS if name in values]).sum()
         moe = self.config.model.decoder.moe
         assert moe is not None
@@ -422,8 +431,19 @@ class Plain:
             self.carried[lane] = stm.detach()
         return -torch.stack(cosines).sum() / slots + 0.3 * torch.stack(changes).mean()
 
-    def _lane_means(self, number: int) -> dict[str, torch.Tensor]:
-        answers = []
+    def _context_answers(self, number: int) -> Iterator[Answer]:
+        for lane in range(UNITS):
+            read: list[torch.Tensor] = []
+            for places in self.places[number * WINDOW : (number + 1) * WINDOW]:
+                place = places[lane]
+                conversation = self.source.conversations[place.conversation]
+                if place.number == 0:
+                    read = []
+                else:
+                    read.append(plain_encoding(self.model, conversation[place.number - 1].tokens))
+                yield plain_context_answer(self.model, read, conversation[place.number])
+
+    def _lane_answers(self, number: int) -> Iterator[Answer]:
         for lane in range(UNITS):
             stm = self.carried.get(lane)
             for places in self.places[number * WINDOW : (number + 1) * WINDOW]:
@@ -434,14 +454,11 @@ class Plain:
                 else:
                     assert stm is not None
                     stm = plain_write(self.model, stm, conversation[place.number - 1])
-                answers.append(self._answer(stm, conversation[place.number], number))
+                yield self._answer(stm, conversation[place.number], number)
             assert stm is not None
             self.carried[lane] = stm.detach()
-        loss = torch.stack([a.loss for a in answers]).sum() / sum(a.targets for a in answers)
-        balance = torch.stack([a.balance for a in answers]).sum() / sum(a.tokens for a in answers)
-        return {"answer_loss": loss, "aux_loss": balance}
 
-    def _answer(self, stm: torch.Tensor, interaction: Any, number: int) -> Any:
+    def _answer(self, stm: torch.Tensor, interaction: Any, number: int) -> Answer:
         frozen = [p for p in self.model.decoder.parameters() if number < self.start]
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -476,6 +493,13 @@ class Plain:
     def canonical(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """``values`` of parameters by canonical name."""
         return canonical_values(self.model, values)
+
+
+def _answer_means(found: Iterator[Answer]) -> dict[str, torch.Tensor]:
+    answers = list(found)
+    loss = torch.stack([a.loss for a in answers]).sum() / sum(a.targets for a in answers)
+    balance = torch.stack([a.balance for a in answers]).sum() / sum(a.tokens for a in answers)
+    return {"answer_loss": loss, "aux_loss": balance}
 
 
 def canonical_values(model: RxTModel, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

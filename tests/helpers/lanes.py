@@ -222,6 +222,39 @@ def plain_answer(model: RxTModel, stm: torch.Tensor, interaction: Interaction) -
     return Answer(loss, sum(right), len(rows), output.aux_sum, len(interaction.tokens), hits)
 
 
+def plain_encoding(model: RxTModel, tokens: list[int]) -> torch.Tensor:
+    """[L, N, D]."""
+    return model.encoder(torch.tensor(tokens), SequenceLayout.from_lengths([len(tokens)]))
+
+
+def plain_context_answer(model: RxTModel, read: list[torch.Tensor], interaction: Interaction) -> Answer:
+    """The answer that reads encodings [L, N, D], laid side by side as if they were one STM [L, 1, S, D]."""
+    if not read:
+        width = model.config.embed_dim
+        silent = _without_memory(model)
+        return plain_answer(silent, torch.ones(len(model.decoder.layers), 1, 1, width), interaction)
+    return plain_answer(model, torch.cat(read, dim=1).unsqueeze(1), interaction)
+
+
+def _without_memory(model: RxTModel) -> RxTModel:
+    """The same model whose cross-attention finds only zeros: what attention to nothing gives."""
+    parameters = {
+        name: torch.zeros_like(parameter) if ".cross_attention.kv." in name else parameter
+        for name, parameter in model.decoder.named_parameters()
+    }
+
+    class Silent:
+        encoder = model.encoder
+
+        class decoder:  # noqa: N801 - stands in for the module of this name
+            lm_head = model.decoder.lm_head
+
+            def __new__(cls, *arguments: Any) -> Any:
+                return torch.func.functional_call(model.decoder, parameters, arguments)
+
+    return Silent  # type: ignore[return-value]
+
+
 def plain_memories(model: RxTModel, stm: torch.Tensor, conversation: Conversation) -> list[torch.Tensor]:
     """The STM [L, 1, S, D] that each interaction is answered with, from a fresh one."""
     found = [stm]

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.lanes import (
-    Answer,
     Interaction,
     Lanes,
     MemoryPieces,
@@ -16,16 +15,16 @@ from helpers.lanes import (
     lane_config,
     lane_model,
     lane_module,
+    plain_context_answer,
+    plain_encoding,
     random_conversations,
     size_of,
     timeline,
     windows,
 )
-from helpers.lanes import plain_answer as answer_from_stm
 
 from rxt_dist.config import RunConfig, load_config
 from rxt_dist.errors import ConfigError
-from rxt_dist.model import RxTModel, SequenceLayout
 from rxt_dist.parallel.bootstrap import World
 from rxt_dist.train.memory_evaluation import evaluate_context
 
@@ -35,39 +34,6 @@ LANES = 4
 
 def context_config(**settings: Any) -> RunConfig:
     return lane_config("{name: context_sft, steps: 4, system_prompts: true}", **settings)
-
-
-def encoding(model: RxTModel, tokens: list[int]) -> torch.Tensor:
-    """[L, N, D]."""
-    return model.encoder(torch.tensor(tokens), SequenceLayout.from_lengths([len(tokens)]))
-
-
-def plain_answer(model: RxTModel, read: list[torch.Tensor], interaction: Interaction) -> Answer:
-    """The answer that reads encodings [L, N, D], laid side by side as if they were one STM [L, 1, S, D]."""
-    if not read:
-        width = model.config.embed_dim
-        silent = lane_model_without_memory(model)
-        return answer_from_stm(silent, torch.ones(len(model.decoder.layers), 1, 1, width), interaction)
-    return answer_from_stm(model, torch.cat(read, dim=1).unsqueeze(1), interaction)
-
-
-def lane_model_without_memory(model: RxTModel) -> RxTModel:
-    """The same model whose cross-attention finds only zeros: what attention to nothing gives."""
-    parameters = {
-        name: torch.zeros_like(parameter) if ".cross_attention.kv." in name else parameter
-        for name, parameter in model.decoder.named_parameters()
-    }
-
-    class Silent:
-        encoder = model.encoder
-
-        class decoder:  # noqa: N801 - stands in for the module of this name
-            lm_head = model.decoder.lm_head
-
-            def __new__(cls, *arguments: Any) -> Any:
-                return torch.func.functional_call(model.decoder, parameters, arguments)
-
-    return Silent  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("window", [1, 3, 8])
@@ -95,10 +61,10 @@ def test_loss_and_gradients_are_those_of_a_plain_loop(window: int) -> None:
                     if place.number == 0:
                         begun_inside += position > 0
                         prompt = prompts[place.conversation]
-                        read = [encoding(model, prompt)] if prompt else []
+                        read = [plain_encoding(model, prompt)] if prompt else []
                     else:
-                        read.append(encoding(model, conversation[place.number - 1].tokens))
-                    answers.append(plain_answer(model, read, conversation[place.number]))
+                        read.append(plain_encoding(model, conversation[place.number - 1].tokens))
+                    answers.append(plain_context_answer(model, read, conversation[place.number]))
             targets, tokens = sum(a.targets for a in answers), sum(a.tokens for a in answers)
             answer_loss = torch.stack([a.loss for a in answers]).sum() / targets
             plain = answer_loss + 0.01 * torch.stack([a.balance for a in answers]).sum() / tokens
@@ -164,12 +130,12 @@ def test_evaluation_reads_whole_conversations_with_their_own_no_and_foreign_enco
                 if t == 0:
                     continue
                 read = {
-                    "true": [encoding(model, one.tokens) for one in conversation[:t]],
+                    "true": [plain_encoding(model, one.tokens) for one in conversation[:t]],
                     "fresh": [],
-                    "foreign": [encoding(model, one.tokens) for one in neighbour[:t]],
+                    "foreign": [plain_encoding(model, one.tokens) for one in neighbour[:t]],
                 }
                 for name, encodings in read.items():
-                    answer = plain_answer(model, encodings, interaction)
+                    answer = plain_context_answer(model, encodings, interaction)
                     losses[name][0] += answer.loss.item()
                     losses[name][1] += answer.targets
     for name, (total, count) in losses.items():

@@ -80,3 +80,19 @@ def test_spread_experts_wait_once_a_layer_and_pass(tmp_path: Path) -> None:
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert found == {name: ["rxt_dist/experts.py:agree"] * (2 * PASSES[name]) for name in CASES}
+
+
+def train_divided(folder: Path) -> None:
+    join_deepspeed()
+    found = {}
+    for name, case in CASES.items():
+        step, _ = step_of(case._replace(tensor_size=2, sequence=True), dist.get_rank())
+        found[name] = waits_of(step)
+    torch.save(found, folder / f"{dist.get_rank()}.pt")
+
+
+def test_divided_tokens_never_wait(tmp_path: Path) -> None:
+    assert run_function(2, train_divided, tmp_path) == [0, 0]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found == {name: [] for name in CASES}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rxt_dist.parallel.parallelize import parallelize, placement
 from rxt_dist.train.plan import plan_run
 
 RANKS, WINDOW = 2, 2
+DIVIDED = {"parallel.sequence_parallel": True}
 CASES: dict[str, dict[str, Any]] = {
     "joint_lm": {},
     "joint_lm, encoder alone": {},
@@ -35,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "smat, frozen decoder": {"model.memory_attention.variant": "self",
                              "model.memory_attention.interlayer_attention": "null"},
 }  # fmt: skip
+CASES |= {f"{name}; divided": own | DIVIDED for name, own in CASES.items()}
 STAGES = {
     "joint_lm, encoder alone": "{name: joint_lm, steps: 2, components: encoder}",
     "smat, frozen decoder": "{name: smat, steps: 2, frozen: [decoder]}",
@@ -42,7 +45,8 @@ STAGES = {
 
 
 def config_of(case: str) -> RunConfig:
-    stage = STAGES.get(case, f"{{name: {case.partition(',')[0]}, steps: 2}}")
+    name = case.partition(";")[0]
+    stage = STAGES.get(name, f"{{name: {name.partition(',')[0]}, steps: 2}}")
     values = SETTINGS | {
         "stages": f"[{stage}]",
         "batch.packs": 2,
@@ -70,7 +74,7 @@ class FullPieces:
 def exchanged(group: dist.ProcessGroup) -> Iterator[list[int]]:
     """Bytes that a rank sends on rings of ``group``: [in total]."""
     sent, share = [0], (RANKS - 1) / RANKS
-    originals = dist.all_reduce, dist.all_gather_into_tensor
+    originals = dist.all_reduce, dist.all_gather_into_tensor, dist.reduce_scatter_tensor
 
     def all_reduce(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         if options.get("group") is group:
@@ -82,20 +86,26 @@ def exchanged(group: dist.ProcessGroup) -> Iterator[list[int]]:
             sent[0] += int(share * output_tensor.nbytes)
         return originals[1](output_tensor, *arguments, **options)
 
-    dist.all_reduce, dist.all_gather_into_tensor = all_reduce, all_gather
+    def reduce_scatter(output: torch.Tensor, input: torch.Tensor, **options: Any) -> Any:
+        if options.get("group") is group:
+            sent[0] += int(share * input.nbytes)
+        return originals[2](output, input, **options)
+
+    replaced = all_reduce, all_gather, reduce_scatter
+    dist.all_reduce, dist.all_gather_into_tensor, dist.reduce_scatter_tensor = replaced
     try:
         yield sent
     finally:
-        dist.all_reduce, dist.all_gather_into_tensor = originals
+        dist.all_reduce, dist.all_gather_into_tensor, dist.reduce_scatter_tensor = originals
 
 
 def measure(folder: Path) -> None:
     join_deepspeed()
     found = {}
-    mesh = Mesh(RANKS, RANKS)
     for case in CASES:
         config = config_of(case)
-        model = build_model(config.model, 0, lambda whole: parallelize(whole, mesh, dist.get_rank()))
+        mesh = Mesh(RANKS, RANKS, sequence_parallel=config.parallel.sequence_parallel)
+        model = build_model(config.model, 0, partial(parallelize, mesh=mesh, rank=dist.get_rank()))
         engine = start_engine(config, model)
         engine.begin_step(0, dict.fromkeys(engine.group_starts, 1e-3))
         if config.stages[0].uses_lanes:
