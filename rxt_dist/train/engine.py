@@ -20,6 +20,7 @@ from rxt_dist.parallel.bootstrap import configure_deepspeed
 from rxt_dist.parallel.parallelize import first_holders, placement, tag_parameters
 from rxt_dist.stages import StageModule
 from rxt_dist.stages.expert_balance import ExpertBalance
+from rxt_dist.train.flat_gradients import flatten_gradients
 from rxt_dist.train.partitioned import copy_weights, cut_weights, drop_weights, weights_not_kept
 from rxt_dist.train.shards import owned_shards, part_of_rank
 
@@ -88,6 +89,7 @@ class StageEngine:
             config=deepspeed_config,
             mpu=where.groups,
         )
+        flatten_gradients(self.engine.optimizer)
         # Only now: placing the module on its device replaces buffers.
         self._buffers = dict(model.named_buffers())
         members = set(module.modules())
