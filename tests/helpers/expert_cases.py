@@ -289,7 +289,7 @@ def reduced_gradients(
     zero = engine.engine.optimizer
     cut = hasattr(zero, "fp16_groups")
     trained = {id(p) for group in (zero.fp16_groups if cut else zero.bit16_groups) for p in group}
-    whole = {} if cut or zero.partition_gradients else _gathered_gradients(zero)
+    whole = {} if cut or not is_flat(zero) else _gathered_gradients(zero)
     found: dict[str, list[Any]] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) not in trained:
@@ -302,6 +302,11 @@ def reduced_gradients(
             box = part.of(flat).view(part.box.sizes).clone()
             found.setdefault(part.name, []).append((list(part.box.starts), box))
     return found
+
+
+def is_flat(zero: Any) -> bool:
+    """Whether the gradients of a ZeRO optimizer lie in flat tensors that we fill."""
+    return not zero.partition_gradients and hasattr(zero.averaged_gradients[0], "flat_partition")
 
 
 def _gathered_gradients(zero: Any) -> dict[int, torch.Tensor]:
