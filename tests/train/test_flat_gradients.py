@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from helpers.engines import join_deepspeed, start_engine
 from helpers.expert_cases import (
@@ -33,15 +34,15 @@ from rxt_dist.train import flat_gradients
 
 RANKS = 2
 BF16, SMALL_BUCKETS = ("precision", "bf16"), ("zero.reduce_bucket_size", 3000)
-LATE = ("zero.overlap_comm", False)
+EARLY, LATE = ("zero.overlap_comm", True), ("zero.overlap_comm", False)
 CASES = {
-    "bf16": Case("joint_lm", RANKS, 1, settings=(BF16,)),
+    "bf16": Case("joint_lm", RANKS, 1, settings=(BF16, EARLY)),
     "bf16, accumulated, small buckets": Case(
-        "joint_lm", RANKS, 1, accumulation=2, settings=(BF16, SMALL_BUCKETS)
+        "joint_lm", RANKS, 1, accumulation=2, settings=(BF16, SMALL_BUCKETS, EARLY)
     ),
     "fp32, small buckets, not overlapped": Case("joint_lm", RANKS, 1, settings=(SMALL_BUCKETS, LATE)),
     "experts, a component that joins": Case(
-        "smat, decoder joins", RANKS, 2, accumulation=2, settings=(SMALL_BUCKETS,)
+        "smat, decoder joins", RANKS, 2, accumulation=2, settings=(SMALL_BUCKETS, EARLY)
     ),
     "tensors": Case("joint_lm", RANKS, 1, tensor_size=2, settings=(BF16,)),
 }
@@ -49,12 +50,35 @@ OPTIMIZER = "AdamW"
 
 
 def train_all(folder: Path) -> None:
-    """All cases as they are, and as DeepSpeed does it."""
-    cases = [(number, case, OPTIMIZER) for number, case in enumerate(CASES.values())]
+    """All cases as they are, and as DeepSpeed does it after the backward pass."""
     for name in ("ours", "stock"):
         (folder / name).mkdir(exist_ok=True)
+        cases = [(number, case, OPTIMIZER) for number, case in enumerate(CASES.values())]
+        if name == "stock":
+            engine_module.flatten_gradients = lambda zero: False  # type: ignore[assignment]
+            cases = [(n, case._replace(settings=(*case.settings, LATE)), o) for n, case, o in cases]
         run_on_ranks(folder / name, cases)
-        engine_module.flatten_gradients = lambda zero: False  # type: ignore[assignment]
+
+
+def send_early(folder: Path) -> None:
+    """Buckets are sent in every backward pass, those of the first micro-batch excepted."""
+    join_deepspeed()
+    case = CASES["bf16, accumulated, small buckets"]
+    engine = start_engine(case.config(), whole_model(case))
+    zero = engine.engine.optimizer
+    flat = zero.reduce_gradients.__self__
+    for number, batches in enumerate(text_steps(case, engine, dist.get_rank())):
+        engine.begin_step(number, dict.fromkeys(engine.group_starts, 0.1))
+        for index, (batch, counts) in enumerate(batches):
+            loss, *_ = engine.forward(batch, counts, None)
+            before: list[int] = []
+            reduce = zero.reduce_gradients
+            zero.reduce_gradients = lambda *a, r=reduce, b=before, **k: (b.append(flat._reduced), r(*a, **k))
+            engine.backward(loss)
+            zero.reduce_gradients = reduce
+            assert before == ([] if index == 0 else [len(flat._buckets)])
+            engine.engine.step()
+    engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +183,25 @@ def _left_alone(folder: Path) -> None:
         assert engine.gradient_norm() > 0
         engine.close()
     assert noted == ["DeepSpeed 0.20.0: steps are slower than with 0.19.8"]
+
+
+def test_buckets_are_sent_while_the_backward_pass_runs(tmp_path: Path) -> None:
+    assert run_function(RANKS, send_early, tmp_path) == [0] * RANKS
+
+
+@pytest.mark.parametrize("norm", [0.5, 1.0, 3.0])
+def test_clipping(norm: float) -> None:
+    flat = object.__new__(flat_gradients._FlatGradients)
+    flat._zero = SimpleNamespace(clip_grad=1.0)
+    gradients = torch.tensor([0.6, 0.8]) * norm
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = expected = gradients.clone()
+    assert float(torch.nn.utils.clip_grad_norm_(weight, 1.0)) == pytest.approx(norm)
+    flat.clip([gradients], torch.tensor(norm))
+    torch.testing.assert_close(gradients, expected)
+    flat._zero.clip_grad = 0.0
+    flat.clip([gradients], torch.tensor(100.0))
+    torch.testing.assert_close(gradients, expected)
 
 
 class _Count(TorchDispatchMode):
