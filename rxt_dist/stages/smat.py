@@ -15,6 +15,7 @@ import torch
 from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.config.run import COMPONENTS
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
+from rxt_dist.kernels.compilation import recording
 from rxt_dist.model import DecoderOutput, Memory, RxTModel
 from rxt_dist.stages.base import NEVER, Term, router_weights
 from rxt_dist.stages.lane_stage import LaneStageModule, Sums, add_sums
@@ -33,10 +34,11 @@ class SmatModule(LaneStageModule):
 
     def write(self, stm: torch.Tensor, at: LaneInteractions) -> tuple[torch.Tensor, torch.Tensor]:
         """The STM after interaction ``at`` was written, and the gate sums; lanes without one keep theirs."""
-        grad = torch.is_grad_enabled()
-        with torch.set_grad_enabled(grad and self.trains("encoder")):
+        grad, training = torch.is_grad_enabled(), self.training
+        encoder = grad and self.trains("encoder")
+        with recording(encoder, training=training):
             layers = self.encoder(at.tokens, at.layout)
-        with torch.set_grad_enabled(grad and (self.trains("encoder") or self.trains("memory_attention"))):
+        with recording(encoder or (grad and self.trains("memory_attention")), training=training):
             return self.write_encoded(stm, layers, at)
 
     def decode(self, stm: torch.Tensor, at: LaneInteractions) -> DecoderOutput:
