@@ -46,7 +46,7 @@ class FreshMemory:
         return self._shared.expand(-1, visits.shape[0], -1, -1)
 
     def reset(self, stm: torch.Tensor, where: torch.Tensor, visits: torch.Tensor) -> torch.Tensor:
-        """``stm`` [L, b, S, D], with the initial one of ``visits`` int64 [b] in lanes ``where`` (bool [b])."""
+        """``stm`` [L, b, S, D], with the initial one of ``visits`` int64 [b] in lanes ``where`` bool [b]."""
         if self._shared is None:
             return _with_fresh(stm, where, fold_in_tensor(visits, self._key), self._model)
         return torch.where(where.view(1, -1, 1, 1), self.draw(visits).to(stm), stm)
