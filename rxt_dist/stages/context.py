@@ -19,6 +19,7 @@ import torch
 from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
 from rxt_dist.kernels.attention import AttentionLayout
+from rxt_dist.kernels.permute import take_rows
 from rxt_dist.model import DecoderOutput, Memory, RxTModel, SequenceLayout
 from rxt_dist.stages.base import StageModule, Term, router_weights
 from rxt_dist.stages.lane_stage import window_counts
@@ -104,7 +105,7 @@ class ContextModule(StageModule):
         for before, at in zip(batch.look_backs, batch.positions, strict=True):
             seen = self.read(seen.without(at.reset), before)
             output = self.decode(seen, at)
-            rows = output.hidden.index_select(0, at.next_index)
+            rows = take_rows(output.hidden, at.next_index)
             loss, correct = self.decoder.lm_head(rows, at.next_targets)
             found.append((loss, correct, output.aux_sum, output.z_sum))
         loss, correct, balance, z = (torch.stack(column).sum() for column in zip(*found, strict=True))

@@ -16,6 +16,7 @@ from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.config.run import COMPONENTS
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
 from rxt_dist.kernels.compilation import recording
+from rxt_dist.kernels.permute import take_rows
 from rxt_dist.model import DecoderOutput, Memory, RxTModel
 from rxt_dist.stages.base import NEVER, Term, router_weights
 from rxt_dist.stages.lane_stage import LaneStageModule, Sums, add_sums
@@ -54,7 +55,7 @@ class SmatModule(LaneStageModule):
         assert before is not None
         stm, gates = self.write(self.with_resets(stm, at), before)
         output = self.decode(stm, at)
-        rows = output.hidden.index_select(0, at.next_index)
+        rows = take_rows(output.hidden, at.next_index)
         loss, correct = self.call("decoder.lm_head", rows, at.next_targets)
         return stm, gates, (loss, correct, output.aux_sum, output.z_sum)
 
