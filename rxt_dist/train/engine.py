@@ -7,6 +7,7 @@ ZeRO gives every rank runs of the flattened parameters' fp32 masters and moments
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -42,6 +43,8 @@ class StageEngine:
         deepspeed_config: dict[str, Any],
         device: torch.device,
     ) -> None:
+        # References to an engine before this one form a circle: its memory is given back only now.
+        gc.collect()
         configure_deepspeed()
         import deepspeed
         from deepspeed.runtime.utils import is_model_parallel_parameter

@@ -128,8 +128,9 @@ class _FlatGradients:
             elif group.counted:
                 norms = torch._foreach_norm([partition[run] for run in group.counted], 2, torch.float32)
                 total = total + torch.stack(norms).square().sum()
-        for ranks in (zero.dp_process_group, zero.model_parallel_group):
-            if ranks is not None and dist.get_world_size(ranks) > 1:
+        divided = [] if zero.model_parallel_group is None else [zero.model_parallel_group]
+        for ranks in (zero.dp_process_group, *divided):
+            if dist.get_world_size(ranks) > 1:
                 dist.all_reduce(total, group=ranks)
         return total.sqrt()
 

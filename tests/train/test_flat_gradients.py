@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -204,6 +206,23 @@ def test_clipping(norm: float) -> None:
     torch.testing.assert_close(gradients, expected)
 
 
+def _memory_is_given_back(folder: Path) -> None:
+    """The optimizer state of an engine is gone when the next one is there."""
+    gc.disable()
+    alive: list[Any] = []
+    for _ in range(2):
+        case = one_rank()
+        engine = start_engine(case.config(), whole_model(case))
+        assert not any(master() is not None for master in alive)
+        ((batch, counts),) = next(text_steps(case, engine, 0))
+        engine.begin_step(0, dict.fromkeys(engine.group_starts, 0.1))
+        engine.backward_and_step(engine.forward(batch, counts, None)[0])
+        alive = [weakref.ref(shard.flat) for shard in engine._shards]
+        engine.close()
+        del engine
+        assert all(master() is not None for master in alive)  # else nothing is tested here
+
+
 class _Count(TorchDispatchMode):
     """Counts what a device would run: operations whose results are no views."""
 
@@ -255,7 +274,9 @@ def _operations(folder: Path) -> None:
     assert counts[0]["aten._foreach_copy_.default"] == 1
 
 
-@pytest.mark.parametrize("work", ["_missing_gradients", "_not_finite", "_left_alone", "_operations"])
+@pytest.mark.parametrize(
+    "work", ["_missing_gradients", "_not_finite", "_left_alone", "_memory_is_given_back", "_operations"]
+)
 def test_on_one_rank(tmp_path: Path, work: str) -> None:
     run_alone(tmp_path, work)
 
