@@ -57,6 +57,8 @@ class Result:
     wait: float
     """Seconds of a step that the loop waited for the loader, median."""
     peak_bytes: int
+    start: float
+    """Seconds until the first measured step: building model and engine, compiling, warm-up."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of every phase, median of steps that wait for the device after each; empty if not measured."""
     flops_per_token: float | None = None
@@ -222,6 +224,7 @@ def measure(
     Raises:
         TrainingError: a loss is not finite.
     """
+    began = time.perf_counter()
     stage = config.stages[index]
     gc.collect()
     if world.device.type == "cuda":
@@ -239,6 +242,8 @@ def measure(
             for _ in range(warmup):
                 loop.step()
             loop.restart()
+            synchronise(world.device)
+            start = time.perf_counter() - began
             seconds = time_steps(loop, steps)
             result = partial(
                 Result,
@@ -249,6 +254,7 @@ def measure(
                 _losses(loop),
                 statistics.median(loop.waits),
                 peak_bytes(world.device),
+                start,
             )
             found = result(*_split(loop, steps, profile)) if split else result()
             return replace(found, traffic=_traffic(loop)) if traffic else found

@@ -42,7 +42,7 @@ import torch
 from benchmarks.devices import device_name, rated
 from benchmarks.plain_engine import check_plain
 from benchmarks.profiling import TABLE_ROWS, table
-from benchmarks.reference_figures import comparable, comparison
+from benchmarks.reference_figures import Figure, comparable, comparison
 from benchmarks.stepping import MIB, PHASES, Result, measure, process_group
 from benchmarks.workload import add_arguments, datasets, possible_lengths, read_config
 from rxt_dist.arguments import add_overrides
@@ -82,8 +82,8 @@ def line(result: Result, utilisation: float | None) -> str:
     )
 
 
-def record(result: Result, utilisation: float | None) -> dict[str, Any]:
-    """A result as plain data."""
+def record(result: Result, utilisation: float | None, figures: Sequence[Figure]) -> dict[str, Any]:
+    """A result as plain data; ``reference`` is the best of the ``figures`` that it may be compared with."""
     profile = result.profile
     return {
         "stage": result.stage,
@@ -93,11 +93,13 @@ def record(result: Result, utilisation: float | None) -> dict[str, Any]:
         "step_seconds": result.step,
         "all_step_seconds": result.seconds,
         "phase_seconds": result.phases,
+        "start_seconds": result.start,
         "wait_seconds": result.wait,
         "gap_seconds": result.gap,
         "busy_seconds": None if profile is None else profile.busy,
         "flops_per_token": result.flops_per_token,
         "mfu": utilisation,
+        "reference": figures[-1].tokens_per_second if figures else None,
         "peak_bytes": result.peak_bytes,
         "losses": result.losses,
         "kernels": [] if profile is None else [asdict(kernel) for kernel in profile.kernels[:TABLE_ROWS]],
@@ -166,7 +168,7 @@ def measure_stage(
             profile=arguments.profile,
         )
         utilisation = model_flops_utilisation(result, config, world)
-        records.append(record(result, utilisation))
+        records.append(record(result, utilisation, figures))
         notes = comparison(figures, result.tokens, result.tokens_per_second)
         if deepspeed:
             deepspeed_step = result.step

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from rxt_dist.errors import ConfigError
 from rxt_dist.kernels.compilation import compiles
+from rxt_dist.kernels.permute import take_rows
 
 BackendName = Literal["flash", "varlen", "sdpa"]
 # flash-attn's wheels are commonly built for bf16 alone, and then give wrong numbers in fp16.
@@ -164,22 +165,6 @@ class _PadRows(torch.autograd.Function):
         return grads[0].index_select(0, place), None, None
 
 
-class _TakeRows(torch.autograd.Function):
-    """The inverse of :class:`_PadRows`; places are distinct, so the backward needs no accumulation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(place)
-        ctx.places = x.shape[0]
-        return x.index_select(0, place)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (place,) = ctx.saved_tensors
-        grad = grads[0]
-        return grad.new_zeros(ctx.places, *grad.shape[1:]).index_copy_(0, place, grad), None
-
-
 class _PaddedView:
     """Where the rows of a layout lie in a [B, T] grid, and which grid keys a query may see.
 
@@ -263,7 +248,7 @@ def _sdpa(
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=view.key_mask, scale=scale)
     rows: torch.Tensor = out.transpose(1, 2).flatten(0, 1)
     if view.place_q is not None:
-        rows = _TakeRows.apply(rows, view.place_q)  # type: ignore[no-untyped-call]
+        rows = take_rows(rows, view.place_q)
     return rows
 
 

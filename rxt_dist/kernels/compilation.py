@@ -1,27 +1,34 @@
 """Regional compilation: the functions marked here are compiled by torch.compile while a run asks for it.
 
 A region is compiled once for all layers that run it and for all numbers of rows. Passes without gradients
-(evaluation, generation) stay eager: their shapes change from call to call.
+(evaluation, generation) stay eager, as their shapes change from call to call; but not the frozen parts of a
+training step, which say so (:func:`recording`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
+import torch.fx.experimental._config
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _enabled = False
+_of_a_step = False
 
 
 def set_compile(enabled: bool) -> None:
     """Whether marked functions are compiled in this process from now on; call before the first step."""
     global _enabled
     _enabled = enabled
+    # Sizes that are equal in the first step by chance (lanes and tokens, where each lane has one) would be
+    # taken for one size, and everything compiled again in the second.
+    torch.fx.experimental._config.use_duck_shape = not enabled
 
 
 def compiles() -> bool:
@@ -29,8 +36,20 @@ def compiles() -> bool:
     return _enabled
 
 
+@contextmanager
+def recording(gradients: bool, *, training: bool) -> Iterator[None]:
+    """As ``torch.set_grad_enabled(gradients)``. While ``training``, a part that is frozen is compiled too."""
+    global _of_a_step
+    before, _of_a_step = _of_a_step, training
+    try:
+        with torch.set_grad_enabled(gradients):
+            yield
+    finally:
+        _of_a_step = before
+
+
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Mark ``function`` as a region: compiled after :func:`set_compile`, while gradients are recorded."""
+    """Mark ``function`` as a region: compiled after :func:`set_compile`, in a training step."""
     return _region(function, needs_grad=True)
 
 
@@ -46,7 +65,7 @@ def _region(function: Callable[P, R], *, needs_grad: bool) -> Callable[P, R]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal fast
-        eager = not _enabled or (needs_grad and not torch.is_grad_enabled())
+        eager = not _enabled or (needs_grad and not torch.is_grad_enabled() and not _of_a_step)
         if eager or torch.compiler.is_compiling():
             return function(*args, **kwargs)
         if fast is None:

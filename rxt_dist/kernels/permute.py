@@ -1,4 +1,4 @@
-"""Row permutations whose backward is a gather too: deterministic, no atomic additions.
+"""Selections of rows whose backward needs no sorting and no atomic additions, and is deterministic.
 
 Shape legend: N rows, K copies of each row.
 """
@@ -13,6 +13,12 @@ import torch
 def permute_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """``x[order]`` for a permutation ``order`` int64 [N] of the rows of ``x`` [N, ...], given its inverse."""
     out: torch.Tensor = _RepeatPermuted.apply(x, order, inverse, 1)  # type: ignore[no-untyped-call]
+    return out
+
+
+def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``x[rows]`` for distinct ``rows`` int64 [n] of ``x`` [N, ...]: [n, ...]."""
+    out: torch.Tensor = _TakeRows.apply(x, rows)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -46,3 +52,17 @@ class _RepeatPermuted(torch.autograd.Function):
         if ctx.copies > 1:
             grad = grad.view(grad.shape[0] // ctx.copies, ctx.copies, *grad.shape[1:]).sum(1)
         return grad, None, None, None
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.count = x.shape[0]
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        grad = grads[0]
+        return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy_(0, rows, grad), None

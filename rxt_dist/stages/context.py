@@ -20,6 +20,7 @@ import torch
 from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch, side_by_side
 from rxt_dist.kernels.attention import AttentionLayout
+from rxt_dist.kernels.permute import take_rows
 from rxt_dist.model import DecoderOutput, Memory, RxTModel, SequenceLayout
 from rxt_dist.stages.base import StageModule, Term, router_weights
 from rxt_dist.stages.lane_stage import window_counts
@@ -131,7 +132,7 @@ class ContextModule(StageModule):
         looked, asked = side_by_side(batch.look_backs), side_by_side(batch.positions)
         seen = window_encodings(self.encoder(looked.tokens, looked.layout), batch)
         output = self.decode(seen, asked)
-        rows = output.hidden.index_select(0, asked.next_index)
+        rows = take_rows(output.hidden, asked.next_index)
         loss, correct = self.decoder.lm_head(rows, asked.next_targets)
         terms = {"answer_loss": Term(loss, "answer"), "answer_accuracy": Term(correct, "answer")}
         if "aux_loss" in self.weights:

@@ -12,8 +12,9 @@ from contextlib import nullcontext
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from rxt_dist.config import RunConfig
+from rxt_dist.config import ModelConfig, RunConfig
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
+from rxt_dist.kernels.compilation import compiled
 from rxt_dist.model import RxTModel
 from rxt_dist.model.memory_attention import GateValues
 from rxt_dist.model.stm import draw_stm, initial_stm
@@ -43,6 +44,20 @@ class FreshMemory:
         if self._shared.device != visits.device:
             self._shared = self._shared.to(visits.device)
         return self._shared.expand(-1, visits.shape[0], -1, -1)
+
+    def reset(self, stm: torch.Tensor, where: torch.Tensor, visits: torch.Tensor) -> torch.Tensor:
+        """``stm`` [L, b, S, D], with the initial one of ``visits`` int64 [b] in lanes ``where`` bool [b]."""
+        if self._shared is None:
+            return _with_fresh(stm, where, fold_in_tensor(visits, self._key), self._model)
+        return torch.where(where.view(1, -1, 1, 1), self.draw(visits).to(stm), stm)
+
+
+@compiled
+def _with_fresh(
+    stm: torch.Tensor, where: torch.Tensor, keys: torch.Tensor, model: ModelConfig
+) -> torch.Tensor:
+    """``stm`` with draws by ``keys`` int64 [b]: nothing of the draws of other lanes is kept."""
+    return torch.where(where.view(1, -1, 1, 1), draw_stm(model, keys).to(stm), stm)
 
 
 Sums = tuple[torch.Tensor, ...]
@@ -125,7 +140,7 @@ class LaneStageModule(StageModule):
     def with_resets(self, stm: torch.Tensor, at: LaneInteractions) -> torch.Tensor:
         """The STM that interaction ``at`` of every lane starts from: ``stm``, or a fresh one where a
         conversation begins. A mask, not a branch: the gradient of a reset lane is zero, not missing."""
-        return torch.where(at.reset.view(1, -1, 1, 1), self.fresh.draw(at.visits).to(stm), stm)
+        return self.fresh.reset(stm, at.reset, at.visits)
 
     def observe(self, device: torch.device | None) -> None:
         super().observe(device)

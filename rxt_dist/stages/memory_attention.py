@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from rxt_dist.config import RunConfig, SpecialTokens, StageConfig
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
 from rxt_dist.kernels.attention import AttentionLayout
+from rxt_dist.kernels.compilation import compiled, recording
 from rxt_dist.model import RxTModel, SequenceLayout
 from rxt_dist.randomness import derive_key, fold_in_tensor, normal_tensor, signed_key, uniform_tensor
 from rxt_dist.stages.base import NEVER, Term, layer_keys
@@ -59,16 +60,16 @@ class MemoryAttentionModule(LaneStageModule):
 
     def _write(self, stm: torch.Tensor, at: LaneInteractions) -> tuple[torch.Tensor, torch.Tensor, Sums]:
         """The STM after ``at``, the gate sums, and the sums of :meth:`advance`."""
-        with torch.no_grad():
+        with recording(False, training=self.training):
             layers, padded = self._encode(at)
-        noisy = self._noisy(layers, "noise", self.stage.noise_level, at.token_keys)
+        noise = self._noise_keys("noise", self.stage.noise_level, at.token_keys)
+        noisy = layers if noise is None else _with_noise(layers, noise, self.stage.noise_level)
         after, gates = self.write_encoded(stm, noisy, at)
         label_stm = stm.detach()
-        distance = self._distance(after, label_stm, layers.to(stm.dtype), at)
+        distance = self._distance(after, label_stm, layers, at)
         if self.stage.unused_slots != "ignored":
             distance = distance + self._unused_distance(after, label_stm, padded, at)
-        scale = torch.sqrt(at.numbers + 1.0)
-        difference = ((after - stm) ** 2).mean(dim=(0, 2, 3)).mul(scale).sum()
+        difference = _difference(after, stm, torch.sqrt(at.numbers + 1.0))
         return after, gates, (distance, difference)
 
     def run(
@@ -107,12 +108,11 @@ class MemoryAttentionModule(LaneStageModule):
         padded = self.encoder(tokens, layout)
         return padded[:, rows], padded.unflatten(1, (-1, width))
 
-    def _noisy(self, values: torch.Tensor, purpose: str, level: float, keys: torch.Tensor) -> torch.Tensor:
-        """``values`` [L, N, D] with noise of standard deviation ``level``, by ``keys`` [N]."""
+    def _noise_keys(self, purpose: str, level: float, keys: torch.Tensor) -> torch.Tensor | None:
+        """A key for every layer and row of noise, by ``keys`` [N]: int64 [L, N]; None: there is no noise."""
         if not self.training or level == 0:
-            return values
-        noise = normal_tensor(layer_keys(keys, purpose, values.shape[0]), values.shape[-1])
-        return values + (noise * level).to(values.dtype)
+            return None
+        return layer_keys(keys, purpose, self.memory_attention.layers)
 
     def _distance(
         self, after: torch.Tensor, before: torch.Tensor, layers: torch.Tensor, at: LaneInteractions
@@ -122,31 +122,80 @@ class MemoryAttentionModule(LaneStageModule):
         ``after``, ``before`` [L, b, S, D]; ``layers`` [L, N, D]. Slot s of a lane belongs to the token at
         position s; slots without one, and tokens beyond the last slot, are left out.
         """
+        level = self.stage.label_noise_level
+        noise = self._noise_keys("label_noise", level, at.token_keys)
         lanes, positions = at.layout.sequence_ids, at.layout.positions
-        slots = positions.clamp(max=self.stm_size - 1)
-        new = self.label_weights(at)[lanes].unsqueeze(-1)
-        label = (1.0 - new) * before[:, lanes, slots] + new * layers
-        label = self._noisy(label, "label_noise", self.stage.label_noise_level, at.token_keys)
-        cosine = F.cosine_similarity(after[:, lanes, slots], label, dim=-1, eps=_COSINE_EPS)
-        counted = (positions < self.stm_size) & at.present[lanes]
-        return -torch.where(counted, cosine, 0.0).mean(dim=0).sum()
+        weights = self.label_weights(at)
+        return _token_distance(after, before, layers, weights, lanes, positions, at.present, noise, level)
 
     def _unused_distance(
         self, after: torch.Tensor, before: torch.Tensor, padded: torch.Tensor | None, at: LaneInteractions
     ) -> torch.Tensor:
         """The same over slots that have no token: their label is the memory before, or with ``padded``
         [L, b, T, D] its weighted mean with the encoding of padding."""
-        label = before
-        if padded is not None:
-            new = self.label_weights(at).view(1, -1, 1, 1)
-            label = (1.0 - new) * before + new * padded[:, :, : self.stm_size].to(before.dtype)
+        level = self.stage.label_noise_level
         slots = torch.arange(self.stm_size, device=after.device)
         lane_keys = fold_in_tensor(fold_in_tensor(at.visits, self._slot_key), at.numbers)
         keys = fold_in_tensor(lane_keys.unsqueeze(1), slots).flatten()
-        label = self._noisy(label.flatten(1, 2), "label_noise", self.stage.label_noise_level, keys)
-        cosine = F.cosine_similarity(after, label.view(after.shape), dim=-1, eps=_COSINE_EPS)
+        noise = self._noise_keys("label_noise", level, keys)
         unused = (slots >= at.layout.cu_seqlens.diff().unsqueeze(1)) & at.present.unsqueeze(1)
-        return -torch.where(unused, cosine, 0.0).mean(dim=0).sum()
+        return _slot_distance(after, before, padded, self.label_weights(at), unused, noise, level)
+
+
+@compiled
+def _with_noise(values: torch.Tensor, keys: torch.Tensor, level: float) -> torch.Tensor:
+    """``values`` [L, N, D] with noise of standard deviation ``level``, by ``keys`` [L, N]."""
+    return values + (normal_tensor(keys, values.shape[-1]) * level).to(values.dtype)
+
+
+@compiled
+def _difference(after: torch.Tensor, before: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Mean square of what changed in each lane of [L, b, S, D], times ``scale`` [b], summed."""
+    return ((after - before) ** 2).mean(dim=(0, 2, 3)).mul(scale).sum()
+
+
+@compiled
+def _token_distance(
+    after: torch.Tensor,
+    before: torch.Tensor,
+    layers: torch.Tensor,
+    weights: torch.Tensor,
+    lanes: torch.Tensor,
+    positions: torch.Tensor,
+    present: torch.Tensor,
+    noise: torch.Tensor | None,
+    level: float,
+) -> torch.Tensor:
+    """See :meth:`MemoryAttentionModule._distance`; lane, position and noise keys of every token."""
+    slots = positions.clamp(max=after.shape[2] - 1)
+    new = weights[lanes].unsqueeze(-1)
+    label = (1.0 - new) * before[:, lanes, slots] + new * layers.to(before.dtype)
+    if noise is not None:
+        label = label + normal_tensor(noise, label.shape[-1]) * level
+    cosine = F.cosine_similarity(after[:, lanes, slots], label, dim=-1, eps=_COSINE_EPS)
+    counted = (positions < after.shape[2]) & present[lanes]
+    return -torch.where(counted, cosine, 0.0).mean(dim=0).sum()
+
+
+@compiled
+def _slot_distance(
+    after: torch.Tensor,
+    before: torch.Tensor,
+    padded: torch.Tensor | None,
+    weights: torch.Tensor,
+    unused: torch.Tensor,
+    noise: torch.Tensor | None,
+    level: float,
+) -> torch.Tensor:
+    """See :meth:`MemoryAttentionModule._unused_distance`; ``unused`` bool [b, S]."""
+    label = before
+    if padded is not None:
+        new = weights.view(1, -1, 1, 1)
+        label = (1.0 - new) * before + new * padded[:, :, : before.shape[2]].to(before.dtype)
+    if noise is not None:
+        label = label + (normal_tensor(noise, label.shape[-1]) * level).view(label.shape)
+    cosine = F.cosine_similarity(after, label, dim=-1, eps=_COSINE_EPS)
+    return -torch.where(unused, cosine, 0.0).mean(dim=0).sum()
 
 
 def pad_interactions(

@@ -15,6 +15,8 @@ import torch
 from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.config.run import COMPONENTS
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch, side_by_side
+from rxt_dist.kernels.compilation import recording
+from rxt_dist.kernels.permute import take_rows
 from rxt_dist.model import DecoderOutput, Memory, RxTModel
 from rxt_dist.stages.base import NEVER, Term, router_weights
 from rxt_dist.stages.lane_stage import LaneStageModule, Positions, Sums, add_sums
@@ -33,7 +35,7 @@ class SmatModule(LaneStageModule):
 
     def encode(self, at: LaneInteractions) -> torch.Tensor:
         """The encoder's layers [L, N, D] of the interactions ``at``."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains("encoder")):
+        with recording(torch.is_grad_enabled() and self.trains("encoder"), training=self.training):
             layers: torch.Tensor = self.encoder(at.tokens, at.layout)
         return layers
 
@@ -42,7 +44,7 @@ class SmatModule(LaneStageModule):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The STM after ``layers`` [L, N, D] of the interactions ``at`` were written, and the gate sums."""
         trains = self.trains("encoder") or self.trains("memory_attention")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+        with recording(torch.is_grad_enabled() and trains, training=self.training):
             return self.write_encoded(stm, layers, at)
 
     def decode(self, stm: torch.Tensor, at: LaneInteractions) -> DecoderOutput:
@@ -67,7 +69,7 @@ class SmatModule(LaneStageModule):
             gates.append(values)
         asked = side_by_side(positions)
         output = self.decode(torch.cat(memories, dim=1), asked)
-        rows = output.hidden.index_select(0, asked.next_index)
+        rows = take_rows(output.hidden, asked.next_index)
         loss, correct = self.call("decoder.lm_head", rows, asked.next_targets)
         return stm, torch.stack(gates).sum(0), (loss, correct, output.aux_sum, output.z_sum)
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.data.batch import TextBatch
+from rxt_dist.kernels.permute import take_rows
 from rxt_dist.model import Memory, RxTModel, SequenceLayout
 from rxt_dist.model.stm import initial_stm
 from rxt_dist.randomness import normal_tensor, uniform_tensor
@@ -68,13 +69,15 @@ class TextStageModule(StageModule):
         layers = None
         if self.with_encoder:
             layers = self.encoder(batch.masked_tokens, batch.layout)
-            loss, correct = self.mlm_head(layers[-1][batch.masked_index], batch.masked_targets)
+            loss, correct = self.mlm_head(take_rows(layers[-1], batch.masked_index), batch.masked_targets)
             terms["mlm_loss"] = Term(loss, "masked")
             terms["mlm_accuracy"] = Term(correct, "masked")
         if self.with_decoder:
             memory = self.memory(layers, batch.layout, batch.token_keys)
             output = self.decoder(batch.tokens, batch.layout, memory)
-            loss, correct = self.decoder.lm_head(output.hidden[batch.next_index], batch.next_targets)
+            loss, correct = self.decoder.lm_head(
+                take_rows(output.hidden, batch.next_index), batch.next_targets
+            )
             terms["ar_loss"] = Term(loss, "next")
             terms["ar_accuracy"] = Term(correct, "next")
             if "aux_loss" in self.weights:

@@ -7,6 +7,7 @@ ZeRO gives every rank runs of the flattened parameters' fp32 masters and moments
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -20,6 +21,7 @@ from rxt_dist.parallel.bootstrap import configure_deepspeed
 from rxt_dist.parallel.parallelize import first_holders, placement, tag_parameters
 from rxt_dist.stages import StageModule
 from rxt_dist.stages.expert_balance import ExpertBalance
+from rxt_dist.train.flat_gradients import flatten_gradients
 from rxt_dist.train.partitioned import copy_weights, cut_weights, drop_weights, weights_not_kept
 from rxt_dist.train.shards import owned_shards, part_of_rank
 
@@ -41,6 +43,8 @@ class StageEngine:
         deepspeed_config: dict[str, Any],
         device: torch.device,
     ) -> None:
+        # References to an engine before this one form a circle: its memory is given back only now.
+        gc.collect()
         configure_deepspeed()
         import deepspeed
         from deepspeed.runtime.utils import is_model_parallel_parameter
@@ -88,6 +92,7 @@ class StageEngine:
             config=deepspeed_config,
             mpu=where.groups,
         )
+        flatten_gradients(self.engine.optimizer)
         # Only now: placing the module on its device replaces buffers.
         self._buffers = dict(model.named_buffers())
         members = set(module.modules())

@@ -296,14 +296,37 @@ def reduced_gradients(
     zero = engine.engine.optimizer
     cut = hasattr(zero, "fp16_groups")
     trained = {id(p) for group in (zero.fp16_groups if cut else zero.bit16_groups) for p in group}
+    whole = {} if cut or not is_flat(zero) else _gathered_gradients(zero)
     found: dict[str, list[Any]] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) not in trained:
             continue
-        flat = (safe_get_full_grad(parameter) if cut else parameter.get_full_hp_grad()).view(-1)  # type: ignore[attr-defined]
+        if id(parameter) in whole:
+            flat = whole[id(parameter)]
+        else:
+            flat = (safe_get_full_grad(parameter) if cut else parameter.get_full_hp_grad()).view(-1)  # type: ignore[attr-defined]
         for part in parts_of[name]:
             box = part.of(flat).view(part.box.sizes).clone()
             found.setdefault(part.name, []).append((list(part.box.starts), box))
+    return found
+
+
+def is_flat(zero: Any) -> bool:
+    """Whether the gradients of a ZeRO optimizer lie in flat tensors that we fill."""
+    return not zero.partition_gradients and hasattr(zero.averaged_gradients[0], "flat_partition")
+
+
+def _gathered_gradients(zero: Any) -> dict[int, torch.Tensor]:
+    """Of a ZeRO 1 optimizer: flat gradients by the id of their parameter, joined from all partitions."""
+    found = {}
+    for number, parameters in enumerate(zero.bit16_groups):
+        own = zero.averaged_gradients[number].flat_partition
+        ranks = zero.real_dp_process_group[number]
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(ranks))]
+        dist.all_gather(parts, own.contiguous(), group=ranks)
+        sizes = [parameter.numel() for parameter in parameters]
+        flat = torch.cat(parts)[: sum(sizes)]
+        found |= {id(p): piece for p, piece in zip(parameters, flat.split(sizes), strict=True)}
     return found
 
 

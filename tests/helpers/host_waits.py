@@ -1,6 +1,7 @@
 """Finds where the host waits for a value of the device.
 
-On CUDA PyTorch itself reports it. On a CPU nothing ever waits, so operations are watched whose result (a
+On CUDA PyTorch itself reports it, unless somebody asks for it in so many words: methods called
+``synchronize`` are watched too. On a CPU nothing ever waits, so operations are watched whose result (a
 Python number, or a shape) depends on values: on a device each of them would make the host wait.
 """
 
@@ -69,34 +70,46 @@ class _WatchOperations(TorchDispatchMode):
 
 
 @contextmanager
-def _watch_copies(found: list[str]) -> Iterator[None]:
+def _watch_calls(found: list[str], methods: list[tuple[Any, str]]) -> Iterator[None]:
     """Methods are replaced: a mode for functions is not active where a backward pass computes again."""
     thread = threading.current_thread()  # the loader's may read what it likes
 
     def watched(method: Callable[..., Any]) -> Callable[..., Any]:
-        def copy(*arguments: Any, **options: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             if threading.current_thread() is thread:
                 found.append(_place())
             return method(*arguments, **options)
 
-        return copy
+        return call
 
-    originals = {name: getattr(torch.Tensor, name) for name in _TO_HOST}
-    for name, method in originals.items():
-        setattr(torch.Tensor, name, watched(method))
+    originals = [(owner, name, getattr(owner, name)) for owner, name in methods]
+    for owner, name, method in originals:
+        setattr(owner, name, watched(method))
     try:
         yield
     finally:
-        for name, method in originals.items():
-            setattr(torch.Tensor, name, method)
+        for owner, name, method in originals:
+            setattr(owner, name, method)
+
+
+def _synchronisations(device: torch.device) -> list[tuple[Any, str]]:
+    """Methods that wait for a device; DeepSpeed's is also called on a CPU, where it does nothing."""
+    from deepspeed.accelerator import get_accelerator
+
+    if device.type != "cuda":
+        return [(type(get_accelerator()), "synchronize")]
+    owners: list[Any] = [torch.cuda, torch.cuda.Stream, torch.cuda.Event]
+    return [(owner, "synchronize") for owner in owners]
 
 
 @contextmanager
 def host_waits(device: torch.device) -> Iterator[list[str]]:
     """Inside, places of this thread where the host waits for ``device`` are added to the list."""
     found: list[str] = []
+    waiting = _synchronisations(device)
     if device.type != "cuda":
-        with _WatchOperations(found), _watch_copies(found):
+        copies: list[tuple[Any, str]] = [(torch.Tensor, name) for name in sorted(_TO_HOST)]
+        with _WatchOperations(found), _watch_calls(found, copies + waiting):
             yield found
         return
     watched = threading.current_thread()  # the loader's thread may wait as it likes
@@ -111,7 +124,8 @@ def host_waits(device: torch.device) -> Iterator[list[str]]:
         warnings.showwarning = note
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield found
+            with _watch_calls(found, waiting):
+                yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

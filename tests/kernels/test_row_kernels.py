@@ -8,7 +8,7 @@ import torch
 import rxt_dist.kernels.grouped_gemm as grouped_gemm
 from rxt_dist.kernels.grouped_gemm import add_group_bias, grouped_linear
 from rxt_dist.kernels.norm import RMS_EPS, rms_norm
-from rxt_dist.kernels.permute import permute_rows, repeat_permuted
+from rxt_dist.kernels.permute import permute_rows, repeat_permuted, take_rows
 
 
 def plain_rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -45,6 +45,19 @@ def test_rms_norm_epsilon_is_that_of_fp32_in_every_dtype() -> None:
     expected = plain_rms(x.float(), torch.ones(8))
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("rows", [[3, 0, 4], [2], []])
+def test_rows_are_taken(rows: list[int]) -> None:
+    torch.manual_seed(0)
+    x, chosen = torch.randn(5, 4, requires_grad=True), torch.tensor(rows, dtype=torch.int64)
+    factor = torch.randn(len(rows), 4)
+    found = take_rows(x, chosen)
+    assert torch.equal(found, x[chosen])
+    (found * factor).sum().backward()
+    ours, x.grad = x.grad, None
+    (x[chosen] * factor).sum().backward()
+    assert torch.equal(ours, x.grad)
 
 
 def test_permutations_and_their_gradients() -> None:
