@@ -66,14 +66,15 @@ def flatten_gradients(zero: Any) -> bool:
     """Replace the work on single gradients of DeepSpeed's ZeRO optimizer, before its first step.
 
     Returns whether that was possible; else ``zero`` works as before: with ZeRO 2 and 3, an optimizer on the
-    host, averaged gradients, padding between parameters, or another version of DeepSpeed.
+    host, gradients that are averaged or go to one rank alone, or another version of DeepSpeed.
     """
     from deepspeed import __version__
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     if not isinstance(zero, DeepSpeedZeroOptimizer) or zero.partition_gradients:
         return False
-    if zero.cpu_offload or zero.gradient_average or any(map(any, zero.round_robin_bit16_padding)):
+    to_one_rank = zero.reduce_scatter and not zero.use_multi_rank_bucket_allreduce
+    if zero.cpu_offload or zero.gradient_average or to_one_rank:
         return False
     if __version__ != KNOWN_VERSION:
         logger.warning("DeepSpeed %s: steps are slower than with %s", __version__, KNOWN_VERSION)

@@ -170,9 +170,17 @@ def _left_alone(folder: Path) -> None:
     handler = logging.Handler()
     handler.emit = lambda record: noted.append(record.getMessage())  # type: ignore[method-assign]
     flat_gradients.logger.addHandler(handler)
-    for zero, version, flat in ((1, "0.19.8", True), (2, "0.19.8", False), (1, "0.20.0", False)):
+    known = flat_gradients.KNOWN_VERSION
+    own = "deepspeed.zero_optimization"
+    for zero, version, flat, settings in (
+        (1, known, True, {}),
+        (2, known, False, {}),
+        (1, known, False, {f"{own}.use_multi_rank_bucket_allreduce": False}),
+        (1, known, True, {f"{own}.use_multi_rank_bucket_allreduce": False, f"{own}.reduce_scatter": False}),
+        (1, "0.20.0", False, {}),
+    ):
         deepspeed.__version__ = version
-        case = one_rank()._replace(zero=zero)
+        case = one_rank(**settings)._replace(zero=zero)
         model = whole_model(case)
         engine = start_engine(case.config(), model)
         ((batch, counts),) = next(text_steps(case, engine, 0))
