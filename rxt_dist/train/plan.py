@@ -339,12 +339,13 @@ class _StagePlan:
         return slots * _attention(model, part.heads, part.attention, _Shares(shares.inner, 1)) + read
 
     def _read_elements(self, shares: _Shares) -> int:
-        """Of the encodings that the positions of a window read: each position all those up to it."""
-        model = self.config.model
-        part = model.decoder
-        rows = self.micro * model.seq_len * self.window * (self.window + 1) // 2
-        keys_values = 2 * part.cross_attention.kv_heads * (model.embed_dim // part.heads)
-        return rows * part.num_layers * (2 * model.embed_dim // shares.rows + 2 * keys_values)
+        """Of the encodings that the positions of a window read, normed and projected once; each position then
+        has the keys and values of all positions up to it."""
+        part, width = self.config.model.decoder, self.config.model.embed_dim
+        tokens = self.micro * self.config.model.seq_len * self.window
+        keys_values = 2 * part.cross_attention.kv_heads * (width // part.heads) // shares.inner
+        read = tokens * (self.window + 1) // 2
+        return part.num_layers * (tokens * (2 * width // shares.rows + keys_values) + read * keys_values)
 
     def _keeps(self, component: str) -> bool:
         return _trains(self.stage, component)
