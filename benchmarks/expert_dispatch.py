@@ -67,7 +67,7 @@ def build_layer(config: RunConfig, world: World) -> MoE:
         layer = MoE(
             part.moe, config.model.embed_dim, part.ff_dim, gated=part.gated_ff, activation=part.activation
         )
-        mesh = Mesh(world.size, config.parallel.tensor_size, config.parallel.expert_size)
+        mesh = Mesh(world.size, **config.parallel.model_dump())
         if mesh.expert_size > 1:
             groups = [dist.new_group(list(ranks)) for ranks in mesh.expert_groups()]
             own = groups[mesh.coordinates(world.rank).edp]

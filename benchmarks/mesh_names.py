@@ -10,7 +10,7 @@ from rxt_dist.config import check_world_size, load_config
 from rxt_dist.config.base import divisors
 from rxt_dist.errors import ConfigError
 
-_PART = re.compile(r"(dp|tp|ep|zero)([1-9]\d*)")
+_PART = re.compile(r"(dp|tp|ep|zero)([1-9]\d*)|(sp)")
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,13 @@ class MeshName:
     expert_size: int
     zero: int | None
     """``zero.stage``; None: as the run has it."""
+    divides_tokens: bool = False
+    """``parallel.sequence_parallel``"""
 
     def overrides(self) -> list[str]:
         """For ``--set``, after those of the user."""
         found = [f"parallel.tensor_size={self.tensor_size}", f"parallel.expert_size={self.expert_size}"]
+        found.append(f"parallel.sequence_parallel={str(self.divides_tokens).lower()}")
         if self.zero is not None:
             found.append(f"zero.stage={self.zero}")
         if self.tensor_size > 1 or self.zero == 3:  # not compiled
@@ -49,14 +52,14 @@ def parse_mesh(name: str, ranks: int) -> MeshName:
         ConfigError: it is no name of a mesh, or needs more ranks.
     """
     parts = [_PART.fullmatch(part) for part in name.split("-")]
-    sizes = {part[1]: int(part[2]) for part in parts if part is not None}
+    sizes = {part[1] or part[3]: int(part[2] or 1) for part in parts if part is not None}
     if None in parts or len(sizes) < len(parts):
-        raise ConfigError(f"--meshes: found {name}; valid: dpN, tpN, epN, zeroN, joined by -")
+        raise ConfigError(f"--meshes: found {name}; valid: dpN, tpN, epN, zeroN, sp, joined by -")
     tensor_size = sizes.get("tp", 1)
     needed = sizes["dp"] * tensor_size if "dp" in sizes else ranks
     if needed > ranks:
         raise ConfigError(f"--meshes: {name} has {needed} ranks; valid: at most --ranks ({ranks})")
-    return MeshName(name, needed, tensor_size, sizes.get("ep", 1), sizes.get("zero"))
+    return MeshName(name, needed, tensor_size, sizes.get("ep", 1), sizes.get("zero"), "sp" in sizes)
 
 
 def fitting_meshes(config: str, overrides: Sequence[str], ranks: int) -> list[MeshName]:

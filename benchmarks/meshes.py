@@ -6,8 +6,8 @@
     python benchmarks/meshes.py --ranks 4 --config micro --meshes dp4-zero1 dp4-zero2 dp4-zero3
 
 A mesh is named by its sizes: dp2-tp2 are four ranks of which two share tensors; ep2 spreads experts over two
-of them; zero2 sets zero.stage. Without dp it has all of --ranks, with dp the ranks are dp x tp. By default
-all meshes of --ranks are measured that the run fits.
+of them; zero2 sets zero.stage; with sp tensor ranks divide the tokens. Without dp it has all of --ranks, with
+dp the ranks are dp x tp. By default all meshes of --ranks are measured that the run fits.
 
 Every mesh is launched by itself, one rank a GPU (NCCL), or on CPUs (gloo). It trains a fresh model in one
 stage of the run file on random tokens, documents of the model's full length unless --lengths says otherwise,
@@ -94,7 +94,7 @@ def by_kind(counts: Counter[tuple[str, str]]) -> dict[str, float]:
 def record(result: Result, config: RunConfig, index: int, world: World) -> dict[str, Any]:
     """What all ranks measured, beside the plan, as plain data. Collective."""
     assert result.traffic is not None
-    mesh = Mesh(world.size, config.parallel.tensor_size, config.parallel.expert_size)
+    mesh = Mesh(world.size, **config.parallel.model_dump())
     tensor_group = open_groups(mesh, world.rank).tensor.group_name if mesh.tensor_size > 1 else None
     own = {
         "step_seconds": result.step,

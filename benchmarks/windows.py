@@ -39,8 +39,7 @@ RECOMPUTE = ("none", "interaction")
 
 def kept_bytes(config: RunConfig, index: int, world: World) -> int:
     """Bytes that the graph of the second step's first micro-batch keeps for the backward pass. Collective."""
-    sizes = config.parallel
-    mesh = Mesh(world.size, sizes.tensor_size, sizes.expert_size, sizes.sequence_parallel)
+    mesh = Mesh(world.size, **config.parallel.model_dump())
     model = build_model(config.model, config.seed, lambda whole: parallelize(whole, mesh, world.rank))
     module = build_stage(model, config, config.stages[index])
     module.freeze()

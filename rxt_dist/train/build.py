@@ -20,8 +20,7 @@ def build_module(
 
     ``load`` may replace the fresh weights.
     """
-    sizes = config.parallel
-    mesh = Mesh(world.size, sizes.tensor_size, sizes.expert_size, sizes.sequence_parallel)
+    mesh = Mesh(world.size, **config.parallel.model_dump())
     model = build_model(config.model, config.seed, lambda whole: parallelize(whole, mesh, world.rank))
     if load is not None:
         load(model)

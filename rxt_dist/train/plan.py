@@ -76,8 +76,7 @@ def plan_run(config: RunConfig, world_size: int, vocab_size: int) -> dict[str, A
         MeshError: the run does not fit ``world_size`` ranks.
     """
     check_world_size(config, world_size)
-    sizes = config.parallel
-    mesh = Mesh(world_size, sizes.tensor_size, sizes.expert_size, sizes.sequence_parallel)
+    mesh = Mesh(world_size, **config.parallel.model_dump())
     filled: dict[str, Any] = {"vocab_size": vocab_size}
     if not isinstance(config.model.special_tokens, SpecialTokens):
         filled["special_tokens"] = _ANY_TOKENS

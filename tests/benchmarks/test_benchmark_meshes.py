@@ -55,6 +55,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "tensors, copied heads": ("tp2", JOINT, COPIED_HEADS),
     "both, windows": ("tp2-ep2", SMAT, {"precision": "bf16"}),
     "encodings": ("tp2-ep2", SMAT, {"stages.3.name": "context_sft"}),
+    "divided tokens": ("tp2-sp", JOINT, {}),
     "zero 3": ("dp2-zero3", JOINT, ALL_CUT),
     "reduced to one rank": ("dp2", JOINT, {f"{ZERO}.use_multi_rank_bucket_allreduce": False}),
 }
@@ -65,6 +66,8 @@ SLOW_CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "zero 3, windows": ("dp2-zero3", SMAT, ALL_CUT),
     "fp32 sums": ("dp2", JOINT, {"precision": "bf16", "zero.reduce_dtype": "fp32"}),
     "no scatter": ("dp2", JOINT, {f"{ZERO}.reduce_scatter": False}),
+    "divided windows": ("tp2-ep2-sp", SMAT, {}),
+    "divided encodings": ("tp2-sp", SMAT, {"stages.3.name": "context_sft"}),
     "memory attention": ("tp2", MEMORY, {"runtime.recompute": "interaction"}),
     "sft": ("tp2", SFT, {}),
     "recomputed tensors": ("tp2", SMAT, RECOMPUTED),
@@ -84,7 +87,7 @@ TOLERANCE = {
     "gradient_reduction": 1e-3,
     "parameter_all_gather": 1e-3,
     "expert_all_to_all": 0.03,
-    "tensor_parallel": 0.02,
+    "tensor_parallel": 0.03,
 }
 SCALARS = 64  # bytes, where nothing is planned
 Cases = dict[str, tuple[str, int, dict[str, Any]]]
@@ -175,6 +178,7 @@ def test_kinds_of_operations(measured: Callable[[str], dict[str, Any]]) -> None:
         "tensors, copied heads": {"all-reduce", "all-gather"},
         "both, windows": {"all-reduce", "all-gather", "all-to-all"},
         "encodings": {"all-reduce", "all-gather", "all-to-all"},
+        "divided tokens": {"all-reduce", "all-gather", "reduce-scatter"},
         "zero 3": {"reduce-scatter", "all-gather"},
         "reduced to one rank": {"reduce", "all-gather"},
     }
@@ -183,8 +187,10 @@ def test_kinds_of_operations(measured: Callable[[str], dict[str, Any]]) -> None:
 def test_names_of_meshes() -> None:
     mesh = parse_mesh("dp2-tp2-ep4-zero2", 8)
     assert (mesh.ranks, mesh.tensor_size, mesh.expert_size, mesh.zero) == (4, 2, 4, 2)
+    assert parse_mesh("tp2-sp", 2).divides_tokens
+    assert not mesh.divides_tokens
     assert (parse_mesh("tp2", 8).ranks, parse_mesh("dp1", 8).ranks, parse_mesh("ep8", 8).ranks) == (8, 1, 8)
-    for name in ("", "tp", "dp0", "pp2", "tp2-tp2", "dp2_tp2", "dp2-"):
+    for name in ("", "tp", "dp0", "pp2", "tp2-tp2", "dp2_tp2", "dp2-", "sp2", "sp-sp"):
         with pytest.raises(ConfigError, match=rf"--meshes: found {name}; valid: dpN"):
             parse_mesh(name, 8)
     with pytest.raises(ConfigError, match=r"dp4-tp4 has 16 ranks; valid: at most --ranks \(8\)"):
@@ -205,7 +211,13 @@ def test_all_meshes_that_a_run_fits() -> None:
 
 def test_what_cannot_be_compiled_is_not() -> None:
     asked = ["runtime.compile=true", "precision=bf16"]
-    for name, compiled in {"dp2": True, "ep2-zero2": True, "tp2": False, "dp2-zero3": False}.items():
+    for name, compiled in {
+        "dp2": True,
+        "ep2-zero2": True,
+        "tp2": False,
+        "tp2-sp": False,
+        "dp2-zero3": False,
+    }.items():
         mesh = parse_mesh(name, 2)
         mesh.check("tiny", asked)
         config = load_config("tiny", [*asked, *mesh.overrides()], require_data=False)
