@@ -64,6 +64,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
 SLOW_CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "zero 2, accumulated": ("dp2-zero2", JOINT, {"batch.micro_packs": 2, "precision": "bf16"}),
     "zero 3, windows": ("dp2-zero3", SMAT, ALL_CUT),
+    "compiled": ("ep2", JOINT, {"precision": "bf16", "runtime.compile": True}),
     "fp32 sums": ("dp2", JOINT, {"precision": "bf16", "zero.reduce_dtype": "fp32"}),
     "no scatter": ("dp2", JOINT, {f"{ZERO}.reduce_scatter": False}),
     "divided windows": ("tp2-ep2-sp", SMAT, {}),
