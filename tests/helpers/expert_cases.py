@@ -313,7 +313,7 @@ def reduced_gradients(
 
 def is_flat(zero: Any) -> bool:
     """Whether the gradients of a ZeRO optimizer lie in flat tensors that we fill."""
-    return not zero.partition_gradients and hasattr(zero.averaged_gradients[0], "flat_partition")
+    return not zero.partition_gradients and hasattr(zero.averaged_gradients.get(0), "flat_partition")
 
 
 def _gathered_gradients(zero: Any) -> dict[int, torch.Tensor]:
