@@ -274,7 +274,7 @@ def test_the_program_compares_meshes(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--meshes", "tp3"], r"mesh tp3: parallel\.tensor_size: found 3"),
-        (["--meshes", "dp2", "x2"], r"--meshes: found x2; valid: dpN, tpN, epN, zeroN, joined by -"),
+        (["--meshes", "dp2", "x2"], r"--meshes: found x2; valid: dpN, tpN, epN, zeroN, sp, joined by -"),
         (["--meshes", "tp2-zero3"], r"mesh tp2-zero3: .*zero\.stage: found 3"),
         (["--ranks", "0"], r"--ranks, --steps and --interactions must be 1 or more"),
         (["--loss-curves", "-1"], r"--loss-curves must be 0 or more"),
