@@ -27,11 +27,9 @@ from benchmarks.workload import add_arguments, datasets, possible_lengths, read_
 from rxt_dist.arguments import add_overrides
 from rxt_dist.config import RunConfig
 from rxt_dist.errors import ConfigError, exit_with_message
-from rxt_dist.model import build_model
 from rxt_dist.parallel.bootstrap import World
-from rxt_dist.parallel.mesh import Mesh
-from rxt_dist.parallel.parallelize import parallelize
-from rxt_dist.stages import build_stage, open_pieces
+from rxt_dist.stages import open_pieces
+from rxt_dist.train.build import build_module
 from rxt_dist.train.feed import open_feed
 
 RECOMPUTE = ("none", "interaction")
@@ -39,9 +37,7 @@ RECOMPUTE = ("none", "interaction")
 
 def kept_bytes(config: RunConfig, index: int, world: World) -> int:
     """Bytes that the graph of the second step's first micro-batch keeps for the backward pass. Collective."""
-    mesh = Mesh(world.size, **config.parallel.model_dump())
-    model = build_model(config.model, config.seed, lambda whole: parallelize(whole, mesh, world.rank))
-    module = build_stage(model, config, config.stages[index])
+    _, module = build_module(config, config.stages[index], world)
     module.freeze()
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: dict[int, int] = {}

@@ -108,6 +108,11 @@ class StageModule(nn.Module, ABC):
         """Logits [B, V] of the token after each of the B sequences in ``tokens`` [N]; if it generates."""
         raise NotImplementedError
 
+    def router_terms(self, balance: torch.Tensor, z: torch.Tensor) -> dict[str, Term]:
+        """The routers' sums over tokens that the stage has weights for, see :func:`router_weights`."""
+        sums = {"aux_loss": balance, "z_loss": z}
+        return {name: Term(total, "tokens") for name, total in sums.items() if name in self.weights}
+
     def observe(self, device: torch.device | None) -> None:
         """From now on collect what :meth:`observations` reports, on ``device``; None: stop it."""
         count_loads(self, device)

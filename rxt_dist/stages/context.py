@@ -32,7 +32,7 @@ class Encodings:
 
     Attributes:
         layers: [L, M, D]; rows: int64 [C] the rows that readers have, those of older interactions first.
-            readers: int64 [C] whose each of them is, B for one that nobody reads (again).
+            readers: int64 [C] whose each of them is, B for one that nobody reads.
         longest: upper bound of the rows of a reader.
     """
 
@@ -40,12 +40,6 @@ class Encodings:
     rows: torch.Tensor
     readers: torch.Tensor
     longest: int
-
-    def without(self, forgotten: torch.Tensor) -> Encodings:
-        """Readers of which ``forgotten`` bool [B] is set have nothing left."""
-        reader_or_none = torch.arange(len(forgotten) + 1, device=forgotten.device)
-        reader_or_none[:-1].masked_fill_(forgotten, len(forgotten))
-        return replace(self, readers=reader_or_none[self.readers])
 
     def extended(self, layers: torch.Tensor, at: LaneInteractions) -> Encodings:
         """With ``layers`` [L, N, D] of the interaction ``at`` of every reader, for those that have one."""
@@ -135,11 +129,7 @@ class ContextModule(StageModule):
         rows = take_rows(output.hidden, asked.next_index)
         loss, correct = self.decoder.lm_head(rows, asked.next_targets)
         terms = {"answer_loss": Term(loss, "answer"), "answer_accuracy": Term(correct, "answer")}
-        if "aux_loss" in self.weights:
-            terms["aux_loss"] = Term(output.aux_sum, "tokens")
-        if "z_loss" in self.weights:
-            terms["z_loss"] = Term(output.z_sum, "tokens")
-        return terms, stm
+        return terms | self.router_terms(output.aux_sum, output.z_sum), stm
 
     def local_counts(self, batch: Any) -> dict[str, int]:
         return window_counts(batch)

@@ -84,8 +84,4 @@ class SmatModule(LaneStageModule):
             "answer_loss": Term(add_sums(found, 0), "answer"),
             "answer_accuracy": Term(add_sums(found, 1), "answer"),
         }
-        if "aux_loss" in self.weights:
-            terms["aux_loss"] = Term(add_sums(found, 2), "tokens")
-        if "z_loss" in self.weights:
-            terms["z_loss"] = Term(add_sums(found, 3), "tokens")
-        return terms, carried
+        return terms | self.router_terms(add_sums(found, 2), add_sums(found, 3)), carried

@@ -80,10 +80,7 @@ class TextStageModule(StageModule):
             )
             terms["ar_loss"] = Term(loss, "next")
             terms["ar_accuracy"] = Term(correct, "next")
-            if "aux_loss" in self.weights:
-                terms["aux_loss"] = Term(output.aux_sum, "tokens")
-            if "z_loss" in self.weights:
-                terms["z_loss"] = Term(output.z_sum, "tokens")
+            terms |= self.router_terms(output.aux_sum, output.z_sum)
         return terms
 
     def memory(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers.expert_cases import Case
-from helpers.parity import Results, assert_one_process, results_of
+from helpers.parity import Results, assert_one_process, parameters_of, results_of
 
 TO_ONE_RANK = (("deepspeed.zero_optimization.use_multi_rank_bucket_allreduce", False),)
 COVERING = [
@@ -48,13 +48,8 @@ SLOW = [case for case in (*MATRIX, *BALANCE) if case not in COVERING]
 CASES = [*COVERING, *SLOW]
 # Gradients, norm and moments show every error of AdamW; plain SGD shows the updates without a second moment.
 WITH_SGD = (COVERING[0], COVERING[3], COVERING[8])
-PARAMETERS = [
-    pytest.param(
-        case,
-        optimizer,
-        marks=[pytest.mark.slow] if case in SLOW else [],
-        id="-".join(map(str, (*case, optimizer))),
-    )
+MEMBERS = [
+    (case, optimizer)
     for case in CASES
     for optimizer in (("AdamW", "SGD") if case in WITH_SGD else ("AdamW",))
 ]
@@ -62,9 +57,9 @@ PARAMETERS = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return results_of([(p.values[0], p.values[1]) for p in PARAMETERS], SLOW, tmp_path_factory)
+    return results_of(MEMBERS, SLOW, tmp_path_factory)
 
 
-@pytest.mark.parametrize(("case", "optimizer"), PARAMETERS)
+@pytest.mark.parametrize(("case", "optimizer"), parameters_of(MEMBERS, SLOW))
 def test_a_mesh_computes_what_one_process_computes(results: Results, case: Case, optimizer: str) -> None:
     assert_one_process(case, optimizer, results(case, optimizer))

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 from helpers.expert_cases import OPTIMIZERS, Case
-from helpers.parity import Results, assert_one_process, results_of
+from helpers.parity import Results, assert_one_process, parameters_of, results_of
 
 Sliced = partial(Case, sequence=True)
 LAYER_NORM = (("model.norm", "layer"), ("model.decoder.head_norm", "layer"))
@@ -47,23 +47,14 @@ MATRIX = [
 ]
 SLOW = [*SPECIAL, *MATRIX]
 CASES = [*COVERING, *SLOW]
-PARAMETERS = [
-    pytest.param(
-        case,
-        optimizer,
-        marks=[pytest.mark.slow] if case in SLOW else [],
-        id="-".join(map(str, (*case, optimizer))),
-    )
-    for case in CASES
-    for optimizer in (OPTIMIZERS if case in SLOW else ("AdamW",))
-]
+MEMBERS = [(case, optimizer) for case in CASES for optimizer in (OPTIMIZERS if case in SLOW else ("AdamW",))]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return results_of([(p.values[0], p.values[1]) for p in PARAMETERS], SLOW, tmp_path_factory)
+    return results_of(MEMBERS, SLOW, tmp_path_factory)
 
 
-@pytest.mark.parametrize(("case", "optimizer"), PARAMETERS)
+@pytest.mark.parametrize(("case", "optimizer"), parameters_of(MEMBERS, SLOW))
 def test_a_mesh_computes_what_one_process_computes(results: Results, case: Case, optimizer: str) -> None:
     assert_one_process(case, optimizer, results(case, optimizer))

@@ -20,6 +20,19 @@ LAUNCH_SECONDS = 900.0
 Results = Callable[[Case, str], list[dict[str, Any]]]
 
 
+def parameters_of(members: Sequence[tuple[Case, str]], slow: list[Case]) -> list[Any]:
+    """Cases with their optimizers as parameters of a test, those of ``slow`` marked."""
+    return [
+        pytest.param(
+            case,
+            optimizer,
+            marks=[pytest.mark.slow] if case in slow else [],
+            id="-".join(map(str, (*case, optimizer))),
+        )
+        for case, optimizer in members
+    ]
+
+
 def results_of(
     members: list[tuple[Case, str]], slow: list[Case], tmp_path_factory: pytest.TempPathFactory
 ) -> Results:
