@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 from helpers.datasets import Datasets, build_datasets
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where Triton is imported
 
 
 @pytest.fixture(scope="session")
