@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,10 +33,19 @@ class Profile:
     """The longest first."""
     busy: float | None
     """Seconds of a step in which the GPU did something; None on a CPU."""
+    messages: float = 0.0
+    """Seconds of a step in which kernels of NCCL ran: they send to other ranks, or wait for them."""
+    exposed: float = 0.0
+    """Seconds of a step in which nothing else ran than kernels of NCCL."""
 
 
-def profile_steps(step: Callable[[], object], count: int, device: torch.device) -> Profile:
-    """Means over ``count`` calls of ``step``; the host is slower than without a profiler, kernels are not."""
+def profile_steps(
+    step: Callable[[], object], count: int, device: torch.device, trace: Path | None = None
+) -> Profile:
+    """Means over ``count`` calls of ``step``; the host is slower than without a profiler, kernels are not.
+
+    With ``trace`` all that ran is written there, for https://ui.perfetto.dev.
+    """
     on_gpu = device.type == "cuda"
     # Without the host's operators, which would cost several times as much as the step.
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
@@ -43,6 +53,8 @@ def profile_steps(step: Callable[[], object], count: int, device: torch.device) 
             step()
         if on_gpu:
             torch.cuda.synchronize()
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
     return gpu_profile(profiler.events(), count) if on_gpu else _cpu_profile(profiler.key_averages(), count)
 
 
@@ -50,16 +62,18 @@ def gpu_profile(events: Iterable[Any], count: int) -> Profile:
     """The profile of ``count`` steps from the profiler's events, whose times are microseconds."""
     calls: dict[str, int] = defaultdict(int)
     seconds: dict[str, float] = defaultdict(float)
-    spans = []
+    messages, others = [], []
     for event in events:
         if event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False):
             continue
-        span = event.time_range
-        spans.append((span.start / 1e6, span.end / 1e6))
+        span = event.time_range.start / 1e6, event.time_range.end / 1e6
+        (messages if event.name.startswith("nccl") else others).append(span)
         calls[event.name] += 1
-        seconds[event.name] += (span.end - span.start) / 1e6
+        seconds[event.name] += span[1] - span[0]
     kernels = [Kernel(name, calls[name] / count, seconds[name] / count) for name in calls]
-    return Profile(_longest_first(kernels), union_seconds(spans) / count)
+    busy, sending = union_seconds(messages + others), union_seconds(messages)
+    exposed = busy - union_seconds(others)
+    return Profile(_longest_first(kernels), busy / count, sending / count, exposed / count)
 
 
 def _cpu_profile(averages: Iterable[Any], count: int) -> Profile:
@@ -93,4 +107,7 @@ def table(found: Profile, step_seconds: float) -> str:
     if found.busy is not None:
         lines.append(f"GPU busy {found.busy * 1e3:.2f} of {step_seconds * 1e3:.2f} ms a step"
                      f" ({found.busy / step_seconds:.1%})")  # fmt: skip
+    if found.messages:
+        lines.append(f"messages take {found.messages * 1e3:.2f} ms of it, {found.exposed * 1e3:.2f} ms"
+                     f" of them while nothing else runs")  # fmt: skip
     return "\n".join(lines)

@@ -23,6 +23,9 @@ _MEMORY = "stages=[{name: memory_attention, steps: 1000}]"
 # The run file has one shared expert and another vocabulary.
 _MICRO = ("model=micro", "model.vocab_size=7500")
 
+# The operations of the experts that a token of RxT-Alpha visits, in one feed-forward of every layer.
+_DENSE = ("model.decoder.moe=null", "model.decoder.ff_dim=2304")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -75,6 +78,8 @@ CALLS = (
     Call("micro joint", "micro", (_JOINT, *_MICRO, "batch.packs=64")),
     Call("alpha smat W=4", "alpha", (_SMAT, "batch.lanes=48", "batch.window=4")),
     Call("alpha joint stories", "alpha", (_JOINT, "batch.packs=16"), lengths=()),
+    Call("alpha joint twice", "alpha", (_JOINT, "batch.packs=32")),
+    Call("alpha joint dense", "alpha", (_JOINT, "batch.packs=16", *_DENSE)),
     Call("beta slice joint", "alpha", (_JOINT, *_slice()), ("2048", "2048")),
     Call("micro smat W=1", "micro", (_SMAT, *_MICRO, "batch.lanes=512", "batch.window=1")),
     Call("beta slice smat", "alpha", (_SMAT, *_slice(), "batch.lanes=16"), ("2048", "2048")),

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -213,13 +214,14 @@ def measure(
     deepspeed: bool = True,
     split: bool = False,
     profile: bool = False,
+    trace: Path | None = None,
     traffic: bool = False,
 ) -> Result:
     """Train a fresh model in stage number ``index`` and time the steps after the warm-up. Collective.
 
     The rate and the memory come from ``steps`` steps that nothing disturbs. With ``split`` more steps follow,
-    which divide their time into phases, count operations and, on a GPU or with ``profile``, kernels. With
-    ``traffic`` more steps follow, in which it is counted what the rank sends.
+    which divide their time into phases, count operations and, on a GPU or with ``profile``, kernels, all of
+    which are written to ``trace``. With ``traffic`` yet more follow, in which what the rank sends is counted.
 
     Raises:
         TrainingError: a loss is not finite.
@@ -256,7 +258,7 @@ def measure(
                 peak_bytes(world.device),
                 start,
             )
-            found = result(*_split(loop, steps, profile)) if split else result()
+            found = result(*_split(loop, steps, profile, trace)) if split else result()
             return replace(found, traffic=_traffic(loop)) if traffic else found
     finally:
         engine.close()
@@ -279,7 +281,9 @@ def _traffic(loop: Loop) -> Traffic:
     return traffic
 
 
-def _split(loop: Loop, steps: int, profile: bool) -> tuple[dict[str, float], float, Profile | None]:
+def _split(
+    loop: Loop, steps: int, profile: bool, trace: Path | None
+) -> tuple[dict[str, float], float, Profile | None]:
     """Phases, operations a token, and kernels."""
     loop.restart()
     loop.count_flops = True
@@ -289,7 +293,8 @@ def _split(loop: Loop, steps: int, profile: bool) -> tuple[dict[str, float], flo
     per_token = float(sum_over_ranks(flops)) / loop.tokens
     if not profile and loop.world.device.type != "cuda":
         return phases, per_token, None
-    return phases, per_token, profile_steps(loop.step, min(steps, PROFILED_STEPS), loop.world.device)
+    kernels = profile_steps(loop.step, min(steps, PROFILED_STEPS), loop.world.device, trace)
+    return phases, per_token, kernels
 
 
 @contextmanager

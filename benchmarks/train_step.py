@@ -97,12 +97,14 @@ def record(result: Result, utilisation: float | None, figures: Sequence[Figure])
         "wait_seconds": result.wait,
         "gap_seconds": result.gap,
         "busy_seconds": None if profile is None else profile.busy,
+        "message_seconds": None if profile is None else profile.messages,
+        "exposed_message_seconds": None if profile is None else profile.exposed,
         "flops_per_token": result.flops_per_token,
         "mfu": utilisation,
         "reference": figures[-1].tokens_per_second if figures else None,
         "peak_bytes": result.peak_bytes,
         "losses": result.losses,
-        "kernels": [] if profile is None else [asdict(kernel) for kernel in profile.kernels[:TABLE_ROWS]],
+        "kernels": [] if profile is None else [asdict(kernel) for kernel in profile.kernels],
     }
 
 
@@ -166,6 +168,7 @@ def measure_stage(
             deepspeed=deepspeed,
             split=True,
             profile=arguments.profile,
+            trace=arguments.trace if deepspeed and world.is_main else None,
         )
         utilisation = model_flops_utilisation(result, config, world)
         records.append(record(result, utilisation, figures))
@@ -195,6 +198,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--profile", action="store_true", help=f"print the {TABLE_ROWS} kernels that take longest"
     )
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="with --profile and one stage: write what rank 0 ran, by time",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
     add_overrides(parser, "batch.pack_tokens=8192")
     add_arguments(parser)
@@ -202,6 +211,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.steps < 1 or arguments.warmup < 0 or arguments.interactions < 1:
         parser.error("--steps and --interactions must be 1 or more, --warmup 0 or more")
+    if arguments.trace is not None and (arguments.stage is None or not arguments.profile):
+        parser.error("--trace needs --profile and --stage")
     return arguments
 
 

@@ -95,17 +95,18 @@ def test_in_bf16_on_two_ranks_both_engines_agree(tmp_path: Path) -> None:
 
 
 def test_lengths_are_drawn_from_a_file(tmp_path: Path) -> None:
-    lengths, file = tmp_path / "lengths.txt", tmp_path / "found.json"
+    lengths, file, trace = (tmp_path / name for name in ("lengths.txt", "found.json", "trace.json"))
     lengths.write_text("32\n32\n64\n")
     short = ("--config", "tiny", "--stage", "0", "--steps", "2", "--warmup", "0", "--profile")
-    result = train_step(tmp_path, *short, "--lengths", str(lengths), "--json", str(file))
+    written = ("--json", str(file), "--trace", str(trace))
+    result = train_step(tmp_path, *short, "--lengths", str(lengths), *written)
     assert result.returncode == 0, result.stderr
     (found,) = json.loads(file.read_text())["results"]
     tokens = 2 * found["tokens_per_step"]
     assert tokens % 32 == 0
     assert 2 * 8 * (256 - 64) < tokens <= 2 * 8 * 256
     operators = {kernel["name"]: kernel for kernel in found["kernels"]}
-    assert len(operators) == 25
+    assert any(event["name"] == "aten::mm" for event in json.loads(trace.read_text())["traceEvents"])
     assert operators["aten::mm"]["calls"] > 20
     shown = rows_of(result.stdout, "  ")
     assert any(cells[-1] == "aten::mm" and cells[1].endswith("%") for cells in shown)
@@ -126,6 +127,7 @@ def test_lengths_are_drawn_from_a_file(tmp_path: Path) -> None:
             r"found parallel.expert_size 2; valid: 1",
         ),
         (["--steps", "0"], r"must be 1 or more"),
+        (["--trace", "trace.json", "--stage", "0"], r"--trace needs --profile and --stage"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -161,6 +163,24 @@ def test_gpu_profile_counts_what_overlaps_once() -> None:
     text = table(found, step_seconds=5.0)
     assert re.search(r"2500\.000 +50\.0% +1\.0 +gemm", text)
     assert text.endswith("GPU busy 3000.00 of 5000.00 ms a step (60.0%)")
+
+
+def test_gpu_profile_tells_messages_that_overlap_from_those_that_do_not() -> None:
+    def event(name: str, start: float, end: float) -> Any:
+        span = SimpleNamespace(start=start * 1e6, end=end * 1e6)
+        return SimpleNamespace(name=name, time_range=span, device_type=DeviceType.CUDA)
+
+    sums = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL"
+    events = [
+        event("gemm", 0, 6),
+        event(sums, 2, 5),
+        event(sums, 4, 8),
+        event("gemm", 7, 8),
+        event(sums, 9, 10),
+    ]
+    found = gpu_profile(events, count=2)
+    assert (found.busy, found.messages, found.exposed) == (4.5, 3.5, 1.0)
+    assert "messages take 3500.00 ms of it, 1000.00 ms of them while nothing else runs" in table(found, 5.0)
 
 
 def resolved(config: str, *overrides: str) -> RunConfig:
