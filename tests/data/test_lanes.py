@@ -5,7 +5,17 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from helpers.schedules import (
+    FIELDS,
+    KEY,
+    assert_same,
+    follow,
+    joined_windows,
+    lanes_strategy,
+    unhurried,
+    widths_strategy,
+)
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rxt_dist.data import lanes as lanes_module
@@ -14,54 +24,22 @@ from rxt_dist.data.lanes import LaneSchedule, LaneState
 from rxt_dist.data.order import epoch_permutation
 from rxt_dist.errors import DataError
 
-KEY = 5
-FIELDS = ("epochs", "conversations", "interactions", "visits")
-unhurried = settings(deadline=None)  # a loaded machine is no failure
 counts_strategy = st.lists(st.integers(1, 7), min_size=1, max_size=25)
-lanes_strategy = st.integers(1, 9)
-widths_strategy = st.lists(st.integers(1, 6), min_size=1, max_size=8)
 
 
 def run(counts, lanes, widths, state=None):
-    """All windows joined: {field: [G, sum of widths]}, and the state after each window."""
-    schedule, state = LaneSchedule(counts, key=KEY, lanes=lanes), state or LaneState.initial(lanes)
-    windows, states = [], []
-    for width in widths:
-        window, state = schedule.next_window(state, width)
-        assert window.resets.shape == (lanes, width)
-        windows.append(window)
-        states.append(state)
-    joined = {name: np.concatenate([getattr(w, name) for w in windows], axis=1) for name in FIELDS}
-    return joined, states
+    schedule = LaneSchedule(counts, key=KEY, lanes=lanes)
+    return joined_windows(schedule, state or LaneState.initial(lanes), widths)
 
 
 def simulation(counts, lanes, positions):
-    """The same schedule step by step: {field: [G, positions]}. A lane without a conversation takes the next
-    one of the stream, the lowest number first."""
+    """The same schedule step by step."""
     stream = (
         (epoch, int(conversation))
         for epoch in itertools.count()
         for conversation in epoch_permutation(KEY, epoch, len(counts))
     )
-    visits = enumerate(stream)
-    table = {name: np.empty((lanes, positions), dtype=np.int64) for name in FIELDS}
-    holds = [None] * lanes
-    for position in range(positions):
-        for lane in range(lanes):
-            if holds[lane] is None:
-                visit, (epoch, conversation) = next(visits)
-                holds[lane] = [epoch, conversation, 0, visit]
-            for name, value in zip(FIELDS, holds[lane], strict=True):
-                table[name][lane, position] = value
-            holds[lane][2] += 1
-            if holds[lane][2] == counts[holds[lane][1]]:
-                holds[lane] = None
-    return table
-
-
-def assert_same(found, expected):
-    for name in FIELDS:
-        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    return follow(((visit, *held) for visit, held in enumerate(stream)), counts, lanes, positions)
 
 
 @unhurried

@@ -7,7 +7,17 @@ from collections import Counter
 import numpy as np
 import pytest
 from dataset_builder import random_conversations, write_dataset
-from hypothesis import given, settings
+from helpers.schedules import (
+    FIELDS,
+    KEY,
+    assert_same,
+    follow,
+    joined_windows,
+    lanes_strategy,
+    unhurried,
+    widths_strategy,
+)
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rxt_dist.data import lanes as lanes_module
@@ -22,15 +32,10 @@ from rxt_dist.data.reader import Dataset
 from rxt_dist.errors import DataError
 from rxt_dist.randomness import derive_key
 
-KEY = 5
-FIELDS = ("epochs", "conversations", "interactions", "visits")
-unhurried = settings(deadline=None)  # a loaded machine is no failure
 datasets_strategy = st.lists(
     st.tuples(st.lists(st.integers(1, 6), min_size=1, max_size=9), st.integers(1, 5)), min_size=2, max_size=4
 )
 """Interactions of the conversations of every dataset, and its weight."""
-lanes_strategy = st.integers(1, 9)
-widths_strategy = st.lists(st.integers(1, 6), min_size=1, max_size=8)
 
 
 def schedule_of(datasets, lanes, key=KEY):
@@ -40,15 +45,9 @@ def schedule_of(datasets, lanes, key=KEY):
 
 
 def run(datasets, lanes, widths, state=None):
-    """All windows joined: {field: [G, sum of widths]}, and the state after each window."""
-    schedule, state = schedule_of(datasets, lanes), state or LaneState.initial(lanes, len(datasets))
-    windows, states = [], []
-    for width in widths:
-        window, state = schedule.next_window(state, width)
-        windows.append(window)
-        states.append(state)
-    joined = {name: np.concatenate([getattr(w, name) for w in windows], axis=1) for name in FIELDS}
-    return joined, states
+    return joined_windows(
+        schedule_of(datasets, lanes), state or LaneState.initial(lanes, len(datasets)), widths
+    )
 
 
 def dealt(datasets, epoch=0):
@@ -74,25 +73,9 @@ def dealt(datasets, epoch=0):
 
 
 def simulation(datasets, lanes, positions, epoch=0):
-    """{field: [G, positions]}: a lane without a conversation takes the next one, the lowest number first."""
+    """The same schedule step by step."""
     counts = [count for own, _ in datasets for count in own]
-    stream_of, holds = dealt(datasets, epoch), [None] * lanes
-    table = {name: np.empty((lanes, positions), dtype=np.int64) for name in FIELDS}
-    for position, lane in itertools.product(range(positions), range(lanes)):
-        if holds[lane] is None:
-            visit, in_epoch, conversation = next(stream_of)
-            holds[lane] = [in_epoch, conversation, 0, visit]
-        for name, value in zip(FIELDS, holds[lane], strict=True):
-            table[name][lane, position] = value
-        holds[lane][2] += 1
-        if holds[lane][2] == counts[holds[lane][1]]:
-            holds[lane] = None
-    return table
-
-
-def assert_same(found, expected):
-    for name in FIELDS:
-        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    return follow(dealt(datasets, epoch), counts, lanes, positions)
 
 
 # --- the schedule -----------------------------------------------------------------------------------------
