@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from rxt_dist.errors import ConfigError
+from rxt_dist.kernels.activation import activate
 from rxt_dist.kernels.attention import AttentionLayout, attention, set_attention_backend
 from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.kernels.grouped_gemm import grouped_linear
 from rxt_dist.kernels.norm import rms_norm
 from rxt_dist.kernels.permute import permute_rows, repeat_permuted
-from rxt_dist.model.feedforward import activate
 from rxt_dist.model.heads import CROSS_ENTROPY_CHUNK
 from rxt_dist.model.moe import ExpertOrder, Router
 from rxt_dist.model.rope import Rotation

@@ -15,8 +15,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from rxt_dist.kernels.activation import activate
 from rxt_dist.model.canonical import Box, Cut
-from rxt_dist.model.feedforward import FeedForward, activate
+from rxt_dist.model.feedforward import FeedForward
 from rxt_dist.model.initialisation import Distribution
 from rxt_dist.model.moe import MoE, Routing, SharedExperts, expert_distributions
 from rxt_dist.parallel.regions import join_slices, slice_of, summed, take_slice
