@@ -33,7 +33,7 @@ def activate_forward(
     out = hidden.new_empty(rows, width)
     columns = _columns(width)
     blocks = (rows + _FORWARD_ROWS - 1) // _FORWARD_ROWS
-    _forward[(blocks * ((width + columns - 1) // columns),)](
+    _activate_forward[(blocks * ((width + columns - 1) // columns),)](
         hidden, bias, expert_of_row, out, rows, WIDTH=width, GATED=gated, ACTIVATION=activation,
         ROWS=_FORWARD_ROWS, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
@@ -57,7 +57,7 @@ def activate_backward(
         segments = new_segments(rows, _BACKWARD_ROWS, bias)
     columns = _columns(width)
     blocks = (rows + _BACKWARD_ROWS - 1) // _BACKWARD_ROWS
-    _backward[(blocks * ((width + columns - 1) // columns),)](
+    _activate_backward[(blocks * ((width + columns - 1) // columns),)](
         grad, hidden, bias, expert_of_row, grad_hidden, segments, rows, WIDTH=width, GATED=gated,
         ACTIVATION=activation, ROWS=_BACKWARD_ROWS, COLUMNS=columns, num_warps=8,
     )  # fmt: skip
@@ -93,7 +93,7 @@ def _slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _activate_forward(
     hidden,  # [rows, HIDDEN]
     bias,  # [experts, HIDDEN] or None
     expert_of_row,  # [rows] or None
@@ -131,7 +131,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _activate_backward(
     grad,  # [rows, WIDTH]
     hidden,  # [rows, HIDDEN]
     bias,  # [experts, HIDDEN] or None

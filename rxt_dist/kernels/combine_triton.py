@@ -34,7 +34,7 @@ def combine_forward(
     out = rows.new_empty(tokens, width)
     columns = _columns(width)
     blocks = (tokens + _TOKENS - 1) // _TOKENS
-    _forward[(blocks * ((width + columns - 1) // columns),)](
+    _combine_forward[(blocks * ((width + columns - 1) // columns),)](
         rows, bias, weights, inverse, expert_of_row, out, tokens, WIDTH=width, COPIES=copies, TOKENS=_TOKENS,
         COLUMNS=columns, num_warps=4,
     )  # fmt: skip
@@ -61,7 +61,7 @@ def combine_backward(
     segments = None
     if bias is not None and offsets is not None:
         segments = new_segments(count, _ROWS, bias)
-    _backward[((count + _ROWS - 1) // _ROWS,)](
+    _combine_backward[((count + _ROWS - 1) // _ROWS,)](
         grad, rows, bias, weights, order, expert_of_row, grad_rows, grad_weights, segments, count,
         WIDTH=width, COPIES=copies, ROWS=_ROWS, COLUMNS=_columns(width), num_warps=8,
     )  # fmt: skip
@@ -71,7 +71,7 @@ def combine_backward(
 
 
 @triton.jit
-def _forward(
+def _combine_forward(
     rows,  # [tokens * COPIES, WIDTH]
     bias,  # [experts, WIDTH] or None
     weights,  # [tokens, COPIES] or None
@@ -106,7 +106,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _combine_backward(
     grad,  # [tokens, WIDTH]
     rows,  # [count, WIDTH], or None: no gradient of the weights
     bias,  # [experts, WIDTH] or None

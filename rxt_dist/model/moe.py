@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rxt_dist.config import MoEConfig
@@ -214,13 +215,16 @@ class SharedExperts(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         share, deviation = self.shares(x)
-        hidden = torch.matmul(x, self.w_in.transpose(1, 2))  # [S, N, inner]
-        if self.b_in is not None:
-            hidden = hidden + self.b_in[:, None]
-        out = torch.matmul(activate(hidden, self.activation, self.gated), self.w_out.transpose(1, 2))
+        weights = share.to(x.dtype)
+        count, inner, _ = self.w_in.shape
+        # The experts are one wide one, whose hidden channels have shares. As a batch of products, autograd
+        # would have the hidden rows transposed.
+        bias = None if self.b_in is None else self.b_in.flatten()
+        hidden = F.linear(x, self.w_in.flatten(0, 1), bias).view(-1, count, inner)
+        hidden = activate(hidden, self.activation, self.gated) * weights[..., None]
+        mixed = hidden.flatten(1) @ self.w_out.transpose(1, 2).flatten(0, 1)
         if self.b_out is not None:
-            out = out + self.b_out[:, None]
-        mixed = (out * share.T[..., None].to(out.dtype)).sum(dim=0)
+            mixed = mixed + weights @ self.b_out
         if self.output_bias is not None:
             mixed = mixed + self.output_bias
         return mixed, deviation

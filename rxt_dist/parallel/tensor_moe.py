@@ -119,10 +119,11 @@ class TensorSharedExperts(SharedExperts):
         share, deviation = self.shares(x)
         count, inner, _ = self.w_in.shape
         (hidden,) = self._tensor.products(x, [self.w_in.flatten(0, 1)])
-        hidden = hidden.view(-1, count, inner).transpose(0, 1)  # [S, N, inner]
+        hidden = hidden.view(-1, count, inner)
         if self.b_in is not None:
-            hidden = hidden + self.b_in[:, None]
-        out = torch.matmul(activate(hidden, self.activation, self.gated), self.w_out.transpose(1, 2))
+            hidden = hidden + self.b_in
+        hidden = activate(hidden, self.activation, self.gated)
+        out = torch.matmul(hidden.transpose(0, 1), self.w_out.transpose(1, 2))  # [S, N, D]
         weights = share.to(out.dtype)
         mixed = self._tensor.leave((out * self._tensor.enter(weights).T[..., None]).sum(dim=0))
         if self.b_out is not None:
