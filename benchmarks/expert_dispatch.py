@@ -45,9 +45,10 @@ from benchmarks.stepping import process_group
 from rxt_dist.arguments import add_overrides
 from rxt_dist.config import RunConfig, load_config
 from rxt_dist.errors import ConfigError, TrainingError, exit_with_message
+from rxt_dist.kernels.combine import combine_rows, place_rows
 from rxt_dist.kernels.permute import permute_rows, repeat_permuted
 from rxt_dist.model.initialisation import initialise
-from rxt_dist.model.moe import ExpertOrder, Experts, MoE
+from rxt_dist.model.moe import ExpertOrder, MoE
 from rxt_dist.parallel.bootstrap import World
 from rxt_dist.parallel.experts import ExpertParallel, Traffic, exchange
 from rxt_dist.parallel.mesh import Mesh
@@ -95,17 +96,19 @@ def routed(layer: MoE, x: torch.Tensor, clock: Clock) -> torch.Tensor:
         local = ExpertOrder.of(traffic.local_experts, experts.w_in.shape[0])
         rows = permute_rows(rows, local.order, local.inverse)
         clock.mark("regroup")
-        rows = Experts.forward(experts, rows, local.offsets, local.expert_of_row)
+        rows = experts.products(rows, local)
         clock.mark("experts")
-        rows = permute_rows(rows, local.inverse, local.order)
+        rows = place_rows(rows, experts.b_out, local.order, local.inverse, local.offsets, local.expert_of_row)
         clock.mark("regroup")
         rows = exchange(rows, traffic.received, traffic.sent, experts.group)
         clock.mark("return")
+        bias = None  # added where the experts are
     else:
-        rows = experts(rows, order.offsets, order.expert_of_row)
+        rows, bias = experts.products(rows, order), experts.b_out
         clock.mark("experts")
-    slots = permute_rows(rows, order.inverse, order.order).view(*routing.experts.shape, x.shape[-1])
-    out: torch.Tensor = (slots * routing.weights.to(slots.dtype)[..., None]).sum(dim=1)
+    out = combine_rows(
+        rows, bias, routing.weights, order.order, order.inverse, order.offsets, order.expert_of_row
+    )
     clock.mark("combine")
     return out
 

@@ -3,6 +3,7 @@
     python benchmarks/kernels.py
     python benchmarks/kernels.py --only attention --tokens 131072 --json kernels.json
     python benchmarks/kernels.py --compile
+    python benchmarks/kernels.py --compile --plain
 
 Sizes are those of RxT-Alpha with 65,536 tokens on a GPU, and tiny on a CPU. Errors are the largest
 difference from the reference, as a share of its largest value: of the result, and of the worst gradient.
@@ -34,6 +35,7 @@ import torch._functorch.config
 
 from benchmarks.devices import Rates, device_name, measured_rates, rated
 from benchmarks.operations import SMALL, Case, Sizes, Tensors, operations
+from rxt_dist.kernels import triton_support
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="(bf16 on a GPU, fp32 on a CPU)")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="measure what torch.compile makes of them")
+    parser.add_argument(
+        "--plain", action="store_true", help="use PyTorch's operators alone, no Triton kernels"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
     arguments = parser.parse_args(argv)
     if arguments.repeats < 1:
@@ -183,11 +188,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not chosen:
         print(f"--only: found no operation with {arguments.only!r} in its name", file=sys.stderr)
         return 2
+    if arguments.plain:
+        triton_support.HAS_TRITON = False
     rates = rated(device)
     source = "the data sheet" if rates else "a measurement"
     rates = rates or measured_rates(device)
     machine = f"{device_name(device)}; python {platform.python_version()}, torch {torch.__version__}"
-    print(f"{machine}; {sizes.tokens} tokens, {dtype}, {'compiled' if arguments.compile else 'eager'}")
+    print(
+        f"{machine}; {sizes.tokens} tokens, {dtype}, {'compiled' if arguments.compile else 'eager'}"
+        f"{', without Triton kernels' if arguments.plain else ''}"
+    )
     print(f"rates from {source}: {rates.matmul[dtype] / 1e12:.4g} TFLOP/s, {rates.memory / 1e9:.4g} GB/s\n")
     print(HEADER, flush=True)
     rows: list[dict[str, Any]] = []

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from rxt_dist.errors import ConfigError
+from rxt_dist.kernels.activation import activate, activate_rows
 from rxt_dist.kernels.attention import AttentionLayout, attention, set_attention_backend
+from rxt_dist.kernels.combine import combine_rows
 from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.kernels.grouped_gemm import grouped_linear
 from rxt_dist.kernels.norm import rms_norm
-from rxt_dist.kernels.permute import permute_rows, repeat_permuted
-from rxt_dist.model.feedforward import activate
+from rxt_dist.kernels.permute import repeat_permuted
 from rxt_dist.model.heads import CROSS_ENTROPY_CHUNK
 from rxt_dist.model.moe import ExpertOrder, Router
 from rxt_dist.model.rope import Rotation
@@ -85,6 +86,8 @@ def operations(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterat
     yield "rms_norm", lambda: _rms_norm(sizes, device)
     yield "rope", lambda: _rope(sizes, device)
     yield "swiglu", lambda: _swiglu(sizes, device)
+    yield "swiglu of experts", lambda: _expert_swiglu(sizes, device)
+    yield "combine", lambda: _combine(sizes, device)
     yield "grouped_linear", lambda: _grouped_linear(sizes, device)
     yield "route and permute", lambda: _routing(sizes, device)
     yield "linear_cross_entropy", lambda: _cross_entropy(sizes, device)
@@ -192,6 +195,46 @@ def _swiglu(sizes: Sizes, device: torch.device) -> Case:
     return Case([x], lambda hidden: activate(hidden, "silu", gated=True), exact)
 
 
+def _order(sizes: Sizes, device: torch.device) -> ExpertOrder:
+    """Of random experts of every token; the first is nobody's."""
+    scores = torch.rand(sizes.tokens, sizes.experts, device=device)
+    scores[:, 0] = -1
+    return ExpertOrder.of(scores.topk(sizes.top_k).indices, sizes.experts)
+
+
+def _expert_swiglu(sizes: Sizes, device: torch.device) -> Case:
+    order = _order(sizes, device)
+
+    def ours(hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return activate_rows(hidden, bias, order.offsets, order.expert_of_row, "silu", gated=True)
+
+    def exact(hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        value, gate = (hidden + bias[order.expert_of_row]).chunk(2, dim=-1)
+        return value * gate * torch.sigmoid(gate)
+
+    shapes = ((sizes.tokens * sizes.top_k, 2 * sizes.expert_hidden), (sizes.experts, 2 * sizes.expert_hidden))
+    inputs = [_random(*shape, device=device) for shape in shapes]
+    return Case(inputs, ours, exact, constant_bytes=order.expert_of_row.numel() * 8)
+
+
+def _combine(sizes: Sizes, device: torch.device) -> Case:
+    order = _order(sizes, device)
+
+    def ours(rows: torch.Tensor, bias: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return combine_rows(
+            rows, bias, weights.float(), order.order, order.inverse, order.offsets, order.expert_of_row
+        )
+
+    def exact(rows: torch.Tensor, bias: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        outputs = (rows + bias[order.expert_of_row])[order.inverse].view(*weights.shape, -1)
+        return (outputs * weights[..., None]).sum(dim=1)
+
+    shapes = (sizes.tokens * sizes.top_k, sizes.width), (sizes.experts, sizes.width)
+    inputs = [_random(*shape, device=device) for shape in shapes]
+    weights = torch.rand(sizes.tokens, sizes.top_k, device=device).softmax(dim=-1)
+    return Case([*inputs, weights], ours, exact, constant_bytes=order.order.numel() * 16)
+
+
 def _grouped_linear(sizes: Sizes, device: torch.device) -> Case:
     rows = sizes.tokens * sizes.top_k
     counts = torch.bincount(torch.randint(sizes.experts, (rows,)), minlength=sizes.experts)
@@ -223,8 +266,9 @@ def _routing(sizes: Sizes, device: torch.device) -> Case:
         order = ExpertOrder.of(routing.experts, experts)
         rows = repeat_permuted(x, order.order, order.inverse, top_k)
         rows = rows * factors.to(x.dtype)[order.expert_of_row, None]
-        slots = permute_rows(rows, order.inverse, order.order).view(x.shape[0], top_k, -1)
-        return (slots * routing.weights.to(slots.dtype)[..., None]).sum(dim=1)
+        return combine_rows(
+            rows, None, routing.weights, order.order, order.inverse, order.offsets, order.expert_of_row
+        )
 
     def exact(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         top, chosen = logits.softmax(-1).topk(top_k)

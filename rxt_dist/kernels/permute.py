@@ -9,6 +9,11 @@ from typing import Any
 
 import torch
 
+from rxt_dist.kernels.triton_support import HAS_TRITON, uses_triton
+
+if HAS_TRITON:
+    from rxt_dist.kernels.combine_triton import combine_forward
+
 
 def permute_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """``x[order]`` for a permutation ``order`` int64 [N] of the rows of ``x`` [N, ...], given its inverse."""
@@ -48,7 +53,10 @@ class _RepeatPermuted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        grad = grads[0].index_select(0, inverse)
+        grad = grads[0]
+        if ctx.copies > 1 and grad.ndim == 2 and grad.shape[0] and uses_triton(grad):
+            return combine_forward(grad.contiguous(), None, None, inverse, None, ctx.copies), None, None, None
+        grad = grad.index_select(0, inverse)
         if ctx.copies > 1:
             grad = grad.view(grad.shape[0] // ctx.copies, ctx.copies, *grad.shape[1:]).sum(1)
         return grad, None, None, None

@@ -1,31 +1,14 @@
-"""Feed-forward, gated (Shazeer, 2020: GLU variants) or plain.
+"""Feed-forward, gated or plain.
 
 Shape legend: N tokens, D embedding width, F hidden width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-Activation = Literal["silu", "gelu", "relu"]
-ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
-
-
-def activate(hidden: torch.Tensor, activation: Activation, gated: bool) -> torch.Tensor:
-    """Gated: [..., 2F], first half value, second gate -> value * act(gate) [..., F]; else act(hidden)."""
-    if not gated:
-        return ACTIVATIONS[activation](hidden)
-    value, gate = hidden.chunk(2, dim=-1)
-    return value * ACTIVATIONS[activation](gate)
+from rxt_dist.kernels.activation import Activation, activate
 
 
 class FeedForward(nn.Module):

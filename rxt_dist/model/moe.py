@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rxt_dist.config import MoEConfig
-from rxt_dist.kernels.grouped_gemm import add_group_bias, grouped_linear
-from rxt_dist.kernels.permute import permute_rows, repeat_permuted
+from rxt_dist.kernels.activation import Activation, activate, activate_rows
+from rxt_dist.kernels.combine import combine_rows
+from rxt_dist.kernels.grouped_gemm import grouped_linear
+from rxt_dist.kernels.permute import repeat_permuted
 from rxt_dist.model.balance import RouterSums, count_experts, load_shares, switch_loss, z_loss
-from rxt_dist.model.feedforward import Activation, FeedForward, activate
+from rxt_dist.model.feedforward import FeedForward
 from rxt_dist.model.initialisation import Constant, Distribution, Normal, linear_default
 
 _EXPERT_STD = 0.02
@@ -123,12 +126,12 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E stacked feed-forwards over rows sorted by expert.
+    """E stacked feed-forwards, each for the tokens that chose it.
 
     Args of forward:
-        x: [n, D]; offsets: int32 [E], end of each expert's run; expert_of_row: int64 [n].
+        x: [N, D]; order: of the experts that the tokens chose; weights: fp32 [N, K], of their outputs.
 
-    Returns [n, D].
+    Returns the weighted sums of the outputs, [N, D].
     """
 
     def __init__(
@@ -155,14 +158,20 @@ class Experts(nn.Module):
     def initial_distributions(self) -> dict[str, Distribution]:
         return expert_distributions(self.init, self.w_in.shape[2], self.w_out.shape[2])
 
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor, expert_of_row: torch.Tensor) -> torch.Tensor:
-        hidden = grouped_linear(x, self.w_in, offsets)
-        if self.b_in is not None:
-            hidden = add_group_bias(hidden, self.b_in, offsets, expert_of_row)
-        out = grouped_linear(activate(hidden, self.activation, self.gated), self.w_out, offsets)
-        if self.b_out is not None:
-            out = add_group_bias(out, self.b_out, offsets, expert_of_row)
-        return out
+    def forward(self, x: torch.Tensor, order: ExpertOrder, weights: torch.Tensor) -> torch.Tensor:
+        rows = repeat_permuted(x, order.order, order.inverse, weights.shape[1])
+        rows = self.products(rows, order)
+        return combine_rows(
+            rows, self.b_out, weights, order.order, order.inverse, order.offsets, order.expert_of_row
+        )
+
+    def products(self, rows: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+        """Outputs for ``rows`` [n, D], sorted by expert, without the bias of the outputs: [n, D]."""
+        hidden = grouped_linear(rows, self.w_in, order.offsets)
+        hidden = activate_rows(
+            hidden, self.b_in, order.offsets, order.expert_of_row, self.activation, self.gated
+        )
+        return grouped_linear(hidden, self.w_out, order.offsets)
 
 
 class SharedExperts(nn.Module):
@@ -206,13 +215,16 @@ class SharedExperts(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         share, deviation = self.shares(x)
-        hidden = torch.matmul(x, self.w_in.transpose(1, 2))  # [S, N, inner]
-        if self.b_in is not None:
-            hidden = hidden + self.b_in[:, None]
-        out = torch.matmul(activate(hidden, self.activation, self.gated), self.w_out.transpose(1, 2))
+        weights = share.to(x.dtype)
+        count, inner, _ = self.w_in.shape
+        # The experts are one wide one, whose hidden channels have shares. As a batch of products, autograd
+        # would have the hidden rows transposed.
+        bias = None if self.b_in is None else self.b_in.flatten()
+        hidden = F.linear(x, self.w_in.flatten(0, 1), bias).view(-1, count, inner)
+        hidden = activate(hidden, self.activation, self.gated) * weights[..., None]
+        mixed = hidden.flatten(1) @ self.w_out.transpose(1, 2).flatten(0, 1)
         if self.b_out is not None:
-            out = out + self.b_out[:, None]
-        mixed = (out * share.T[..., None].to(out.dtype)).sum(dim=0)
+            mixed = mixed + weights @ self.b_out
         if self.output_bias is not None:
             mixed = mixed + self.output_bias
         return mixed, deviation
@@ -304,11 +316,8 @@ class MoE(nn.Module):
         order = ExpertOrder.of(routing.experts, self.config.num_experts)
         if self.loads is not None:
             self.loads += order.offsets.diff(prepend=order.offsets.new_zeros(1))
-        rows = repeat_permuted(x, order.order, order.inverse, self.config.top_k)
-        rows = self.experts(rows, order.offsets, order.expert_of_row)
-        slots = permute_rows(rows, order.inverse, order.order).view(*routing.experts.shape, x.shape[-1])
-        combined: torch.Tensor = (slots * routing.weights.to(slots.dtype)[..., None]).sum(dim=1)
-        return combined
+        out: torch.Tensor = self.experts(x, order, routing.weights)
+        return out
 
     def _join(self, routed: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
         if not self.config.weighted_shared_experts:

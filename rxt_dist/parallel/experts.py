@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rxt_dist.kernels.permute import permute_rows
+from rxt_dist.kernels.combine import combine_rows, place_rows
+from rxt_dist.kernels.permute import permute_rows, repeat_permuted
 from rxt_dist.model.canonical import Cut
 from rxt_dist.model.moe import ExpertOrder, Experts
 from rxt_dist.parallel.mesh import Mesh
@@ -61,9 +62,9 @@ class Traffic:
 class ExpertParallel(Experts):
     """The part of a layer's experts that this rank holds; stands where :class:`Experts` stood.
 
-    Forward takes rows sorted by the expert's number among all E, as :class:`Experts` does, and returns the
-    experts' outputs for them, wherever they were computed. Collective over the expert group: every rank of
-    it calls at the same time, also with no rows.
+    Forward takes and returns what :class:`Experts` does, with ``order`` that of all E experts, wherever the
+    outputs are computed. Collective over the expert group: every rank of it calls at the same time, also with
+    no tokens.
     """
 
     def __init__(self, whole: Experts, mesh: Mesh, rank: int, group: dist.ProcessGroup) -> None:
@@ -90,8 +91,12 @@ class ExpertParallel(Experts):
             for name, parameter in self.named_parameters()
         }
 
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor, expert_of_row: torch.Tensor) -> torch.Tensor:
-        return self._through_all(x, Traffic.agree(offsets, self.group, active=True))
+    def forward(self, x: torch.Tensor, order: ExpertOrder, weights: torch.Tensor) -> torch.Tensor:
+        rows = repeat_permuted(x, order.order, order.inverse, weights.shape[1])
+        rows = self._through_all(rows, Traffic.agree(order.offsets, self.group, active=True))
+        return combine_rows(
+            rows, None, weights, order.order, order.inverse, order.offsets, order.expert_of_row
+        )
 
     def serve(self) -> bool:
         """Compute for the others in one call of theirs; whether any of them had a pass of its own."""
@@ -104,8 +109,8 @@ class ExpertParallel(Experts):
         rows = exchange(x, traffic.sent, traffic.received, self.group)
         order = ExpertOrder.of(traffic.local_experts, self.w_in.shape[0])
         rows = permute_rows(rows, order.order, order.inverse)
-        rows = super().forward(rows, order.offsets, order.expert_of_row)
-        rows = permute_rows(rows, order.inverse, order.order)
+        rows = self.products(rows, order)
+        rows = place_rows(rows, self.b_out, order.order, order.inverse, order.offsets, order.expert_of_row)
         return exchange(rows, traffic.received, traffic.sent, self.group)
 
 

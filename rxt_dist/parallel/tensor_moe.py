@@ -15,8 +15,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from rxt_dist.kernels.activation import activate
 from rxt_dist.model.canonical import Box, Cut
-from rxt_dist.model.feedforward import FeedForward, activate
+from rxt_dist.model.feedforward import FeedForward
 from rxt_dist.model.initialisation import Distribution
 from rxt_dist.model.moe import MoE, Routing, SharedExperts, expert_distributions
 from rxt_dist.parallel.regions import join_slices, slice_of, summed, take_slice
@@ -118,10 +119,11 @@ class TensorSharedExperts(SharedExperts):
         share, deviation = self.shares(x)
         count, inner, _ = self.w_in.shape
         (hidden,) = self._tensor.products(x, [self.w_in.flatten(0, 1)])
-        hidden = hidden.view(-1, count, inner).transpose(0, 1)  # [S, N, inner]
+        hidden = hidden.view(-1, count, inner)
         if self.b_in is not None:
-            hidden = hidden + self.b_in[:, None]
-        out = torch.matmul(activate(hidden, self.activation, self.gated), self.w_out.transpose(1, 2))
+            hidden = hidden + self.b_in
+        hidden = activate(hidden, self.activation, self.gated)
+        out = torch.matmul(hidden.transpose(0, 1), self.w_out.transpose(1, 2))  # [S, N, D]
         weights = share.to(out.dtype)
         mixed = self._tensor.leave((out * self._tensor.enter(weights).T[..., None]).sum(dim=0))
         if self.b_out is not None:

@@ -195,4 +195,5 @@ def test_initial_experts_are_those_of_a_whole_layer(tmp_path: Path) -> None:
 def test_order_of_no_rows() -> None:
     order = ExpertOrder.of(torch.empty(0, dtype=torch.int64), 3)
     experts = Experts(3, D, HIDDEN, gated=True, activation="silu", biased=True)
-    assert experts(torch.empty(0, D), order.offsets, order.expert_of_row).shape == (0, D)
+    assert experts.products(torch.empty(0, D), order).shape == (0, D)
+    assert experts(torch.empty(0, D), order, torch.empty(0, K)).shape == (0, D)

@@ -1,0 +1,117 @@
+"""Activations of feed-forwards and experts, gated (Shazeer, 2020: GLU variants) or plain.
+
+Shape legend: n rows sorted by expert, E experts, F width of the result, W width of the hidden rows: F, or 2F
+where gated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from rxt_dist.kernels.grouped_gemm import add_group_bias
+from rxt_dist.kernels.triton_support import HAS_TRITON, uses_triton
+
+if HAS_TRITON:
+    from rxt_dist.kernels.activation_triton import activate_backward, activate_forward
+
+Activation = Literal["silu", "gelu", "relu"]
+ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
+def activate(hidden: torch.Tensor, activation: Activation, gated: bool) -> torch.Tensor:
+    """Gated: [..., 2F], first half value, second gate -> value * act(gate) [..., F]; else act(hidden)."""
+    if uses_triton(hidden) and hidden.numel():
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        out = _fused(rows, None, None, None, activation, gated)
+        return out.view(*hidden.shape[:-1], out.shape[-1])
+    if not gated:
+        return ACTIVATIONS[activation](hidden)
+    value, gate = hidden.chunk(2, dim=-1)
+    return value * ACTIVATIONS[activation](gate)
+
+
+def activate_rows(
+    hidden: torch.Tensor,
+    bias: torch.Tensor | None,
+    offsets: torch.Tensor,
+    expert_of_row: torch.Tensor,
+    activation: Activation,
+    gated: bool,
+) -> torch.Tensor:
+    """:func:`activate` of ``hidden[i] + bias[expert_of_row[i]]``.
+
+    Args:
+        hidden: [n, W], rows sorted by expert; bias: [E, W] of the same dtype, or None.
+        offsets: int32 [E], the end of each expert's rows, ``offsets[-1] == n``; expert_of_row: int64 [n].
+
+    Returns:
+        [n, F]. The gradient of the bias adds up the rows of an expert in the same order every time; experts
+        without rows get exact zeros.
+    """
+    if bias is None:
+        return activate(hidden, activation, gated)
+    if uses_triton(hidden) and hidden.shape[0]:
+        return _fused(hidden, bias, offsets, expert_of_row, activation, gated)
+    return activate(add_group_bias(hidden, bias, offsets, expert_of_row), activation, gated)
+
+
+def _fused(
+    hidden: torch.Tensor,
+    bias: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    expert_of_row: torch.Tensor | None,
+    activation: Activation,
+    gated: bool,
+) -> torch.Tensor:
+    out: torch.Tensor = _ActivateRows.apply(  # type: ignore[no-untyped-call]
+        hidden, bias, offsets, expert_of_row, activation, gated
+    )
+    return out
+
+
+class _ActivateRows(torch.autograd.Function):
+    """The result is computed anew in the backward pass, from hidden rows that no bias was added to."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        bias: torch.Tensor | None,
+        offsets: torch.Tensor | None,
+        expert_of_row: torch.Tensor | None,
+        activation: Activation,
+        gated: bool,
+    ) -> torch.Tensor:
+        hidden = hidden.contiguous()
+        ctx.activation, ctx.gated, ctx.biased = activation, gated, bias is not None
+        if bias is None:
+            ctx.save_for_backward(hidden)
+        else:
+            bias = bias.contiguous()
+            ctx.save_for_backward(hidden, bias, offsets, expert_of_row)
+        return activate_forward(hidden, bias, expert_of_row, activation, gated)
+
+    @staticmethod
+    def backward(
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None]:
+        hidden, *of_bias = ctx.saved_tensors
+        bias, offsets, expert_of_row = of_bias if ctx.biased else (None, None, None)
+        grad_hidden, grad_bias = activate_backward(
+            grads[0].contiguous(),
+            hidden,
+            bias,
+            expert_of_row,
+            offsets if ctx.needs_input_grad[1] else None,
+            ctx.activation,
+            ctx.gated,
+        )
+        return grad_hidden, grad_bias, None, None, None, None

@@ -1,0 +1,118 @@
+"""Rows of experts back into their tokens.
+
+Shape legend: N tokens, K rows of a token, n = N * K rows sorted by expert, E experts, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rxt_dist.kernels.grouped_gemm import add_group_bias
+from rxt_dist.kernels.permute import permute_rows
+from rxt_dist.kernels.triton_support import HAS_TRITON, uses_triton
+
+if HAS_TRITON:
+    from rxt_dist.kernels.combine_triton import combine_backward, combine_forward
+
+
+def combine_rows(
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    weights: torch.Tensor,
+    order: torch.Tensor,
+    inverse: torch.Tensor,
+    offsets: torch.Tensor,
+    expert_of_row: torch.Tensor,
+) -> torch.Tensor:
+    """``y[t] = sum_k weights[t, k] * (rows[i] + bias[expert_of_row[i]])``, i = ``inverse[t * K + k]``.
+
+    Args:
+        rows: [n, D], sorted by expert; bias: [E, D] of the same dtype, or None; weights: [N, K], fp32 where
+            ``rows`` has fewer bits.
+        order: int64 [n], row i belongs to slot ``order[i]`` of the flattened [N, K]; inverse: its inverse.
+        offsets: int32 [E], the end of each expert's rows, ``offsets[-1] == n``; expert_of_row: int64 [n].
+
+    Returns:
+        [N, D] in the dtype of ``rows``. Gradients are sums in the same order every time; the bias of an
+        expert without rows gets exact zeros.
+    """
+    if uses_triton(rows) and rows.shape[0]:
+        out: torch.Tensor = _CombineRows.apply(  # type: ignore[no-untyped-call]
+            rows, bias, weights, order, inverse, offsets, expert_of_row
+        )
+        return out
+    slots = place_rows(rows, bias, order, inverse, offsets, expert_of_row)
+    slots = slots.view(*weights.shape, rows.shape[1])
+    combined: torch.Tensor = (slots * weights.to(rows.dtype)[..., None]).sum(dim=1)
+    return combined
+
+
+def place_rows(
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    order: torch.Tensor,
+    inverse: torch.Tensor,
+    offsets: torch.Tensor,
+    expert_of_row: torch.Tensor,
+) -> torch.Tensor:
+    """``y[s] = rows[i] + bias[expert_of_row[i]]``, i = ``inverse[s]``: [n, D], rows where they came from.
+
+    Args as those of :func:`combine_rows`.
+    """
+    if bias is None:
+        return permute_rows(rows, inverse, order)
+    if uses_triton(rows) and rows.shape[0]:
+        out: torch.Tensor = _CombineRows.apply(  # type: ignore[no-untyped-call]
+            rows, bias, None, order, inverse, offsets, expert_of_row
+        )
+        return out
+    return permute_rows(add_group_bias(rows, bias, offsets, expert_of_row), inverse, order)
+
+
+class _CombineRows(torch.autograd.Function):
+    """Without ``weights`` every token has one row, of weight 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        bias: torch.Tensor | None,
+        weights: torch.Tensor | None,
+        order: torch.Tensor,
+        inverse: torch.Tensor,
+        offsets: torch.Tensor,
+        expert_of_row: torch.Tensor,
+    ) -> torch.Tensor:
+        rows = rows.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        weights = None if weights is None else weights.contiguous()
+        ctx.biased, ctx.weighted = bias is not None, weights is not None
+        kept = [order, offsets, expert_of_row]
+        kept += [bias] if bias is not None else []
+        kept += [weights] if weights is not None else []
+        kept += [rows] if weights is not None and ctx.needs_input_grad[2] else []
+        ctx.save_for_backward(*kept)
+        copies = 1 if weights is None else weights.shape[1]
+        return combine_forward(rows, bias, weights, inverse, expert_of_row, copies)
+
+    @staticmethod
+    def backward(
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, None, None, None, None]:
+        order, offsets, expert_of_row, *rest = ctx.saved_tensors
+        bias = rest.pop(0) if ctx.biased else None
+        weights = rest.pop(0) if ctx.weighted else None
+        rows = rest.pop(0) if ctx.weighted and ctx.needs_input_grad[2] else None
+        grad_rows, grad_weights, grad_bias = combine_backward(
+            grads[0].contiguous(),
+            rows,
+            bias,
+            weights,
+            order,
+            expert_of_row,
+            offsets if ctx.needs_input_grad[1] else None,
+            1 if weights is None else weights.shape[1],
+        )
+        return grad_rows, grad_bias, grad_weights, None, None, None, None

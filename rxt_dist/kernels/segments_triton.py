@@ -1,0 +1,85 @@
+# ruff: noqa: N803, N806 - constants of kernels
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Sums over the rows of each expert without atomic additions, in an order that never changes.
+
+Rows are sorted by expert, and a program of another kernel works on one block of them. What its rows of expert
+e add to the sum is segment ``block + e``: no other pair has that number, and an expert's segments follow one
+another.
+
+Shape legend: n rows, E experts, W width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def new_segments(rows: int, block: int, like: torch.Tensor) -> torch.Tensor:
+    """Room for the segments of ``rows`` rows in blocks of ``block``, for sums ``like`` [E, W]; fp32."""
+    experts, width = like.shape
+    return like.new_empty((rows + block - 1) // block + experts, width, dtype=torch.float32)
+
+
+def sum_segments(
+    segments: torch.Tensor, offsets: torch.Tensor, block: int, like: torch.Tensor
+) -> torch.Tensor:
+    """Sum of each expert, in shape [E, W] and dtype of ``like``; exact zeros without rows.
+
+    ``offsets``: int32 [E], end of each expert's rows.
+    """
+    sums = torch.empty_like(like)
+    experts, width = like.shape
+    columns = 32
+    _sum_segments[(experts * ((width + columns - 1) // columns),)](
+        segments, offsets, sums, WIDTH=width, BLOCK=block, SEGMENTS=64, COLUMNS=columns, num_warps=4
+    )
+    return sums
+
+
+@triton.jit
+def store_segments(
+    segments,
+    part,  # fp32 [rows, columns], 0 in rows that do not exist
+    expert,  # [rows]
+    first,  # expert of the block's first row
+    last,
+    block,
+    column,  # [columns]
+    WIDTH: tl.constexpr,
+    wanted,  # [columns], which columns exist
+):
+    number = first
+    while number <= last:
+        total = tl.sum(tl.where((expert == number)[:, None], part, 0.0), axis=0)
+        tl.store(segments + (block + number).to(tl.int64) * WIDTH + column, total, mask=wanted)
+        number += 1
+
+
+@triton.jit
+def _sum_segments(
+    segments,
+    offsets,
+    sums,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    CHUNKS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    expert = tl.program_id(0) // CHUNKS
+    column = (tl.program_id(0) % CHUNKS) * COLUMNS + tl.arange(0, COLUMNS)
+    start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
+    at = start // BLOCK + expert
+    after = tl.where(end > start, (end - 1) // BLOCK + expert + 1, at)
+    total = tl.zeros([SEGMENTS, COLUMNS], tl.float32)
+    while at < after:
+        segment = at + tl.arange(0, SEGMENTS)
+        real = (segment < after)[:, None] & (column < WIDTH)[None, :]
+        total += tl.load(
+            segments + segment[:, None].to(tl.int64) * WIDTH + column[None, :], mask=real, other=0.0
+        )
+        at += SEGMENTS
+    tl.store(sums + expert * WIDTH + column, tl.sum(total, axis=0), mask=column < WIDTH)

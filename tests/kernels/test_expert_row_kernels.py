@@ -1,0 +1,265 @@
+"""Activations of experts' rows and their way back into tokens: kernels and plain operators, against fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.interpreter import interpreter  # noqa: F401
+
+from rxt_dist.kernels import triton_support
+from rxt_dist.kernels.activation import Activation, activate, activate_rows
+from rxt_dist.kernels.combine import combine_rows, place_rows
+from rxt_dist.kernels.permute import repeat_permuted
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
+ROWS = {
+    "many experts in a block": [3, 0, 5, 1, 0, 0, 7],
+    "experts of many blocks": [130, 0, 1, 64, 0, 69],
+    "ends of blocks": [64, 64, 0, 1],
+    "one row": [0, 1, 0],
+    "nothing for the first and last": [0, 0, 90, 0],
+    "no rows": [0, 0, 0],
+}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: x * torch.distributions.Normal(x.new_zeros(()), 1).cdf(x),
+    "relu": lambda x: x * (x > 0),
+}
+
+
+@pytest.fixture(params=["kernel", "plain"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """In Triton's interpreter, or by PyTorch's operators."""
+    if request.param == "kernel":
+        request.getfixturevalue("interpreter")
+    name: str = request.param
+    return name
+
+
+def grouped(counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """offsets, expert_of_row"""
+    numbers = torch.tensor(counts)
+    return numbers.cumsum(0).to(torch.int32), torch.repeat_interleave(torch.arange(len(counts)), numbers)
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).requires_grad_()
+
+
+def exactly(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
+    """fp64 copies with gradients of their own."""
+    return [t.detach().double().requires_grad_() for t in tensors if t is not None]
+
+
+def assert_near(found: torch.Tensor | None, exact: torch.Tensor | None, dtype: torch.dtype) -> None:
+    """Kernels round a bf16 result once; operators round every intermediate result."""
+    assert found is not None
+    assert exact is not None
+    assert found.dtype == dtype
+    assert found.shape == exact.shape
+    limit = TOLERANCE[dtype] if triton_support.interpreted or dtype == torch.float32 else 2**-5
+    scale = float(exact.detach().abs().amax()) if exact.numel() else 0.0
+    torch.testing.assert_close(found.double(), exact, rtol=limit, atol=limit * scale)
+
+
+def plain_activation(hidden: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
+    if not gated:
+        return ACTIVATIONS[activation](hidden)
+    half = hidden.shape[-1] // 2
+    return hidden[..., :half] * ACTIVATIONS[activation](hidden[..., half:])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("rows", "width", "activation", "gated"),
+    [
+        ("many experts in a block", 8, "silu", True),
+        ("experts of many blocks", 130, "silu", True),
+        ("experts of many blocks", 5, "gelu", True),
+        ("ends of blocks", 128, "relu", True),
+        ("ends of blocks", 70, "silu", False),
+        ("one row", 3, "gelu", False),
+        ("nothing for the first and last", 16, "relu", False),
+        ("no rows", 8, "silu", True),
+    ],
+)
+def test_activation_of_rows(
+    backend: str, rows: str, width: int, activation: Activation, gated: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    offsets, expert_of_row = grouped(ROWS[rows])
+    inner, count = 2 * width if gated else width, sum(ROWS[rows])
+    hidden = random(count, inner, dtype=dtype)
+    bias = random(len(ROWS[rows]), inner, dtype=dtype)
+    out = activate_rows(hidden, bias, offsets, expert_of_row, activation, gated)
+    exact_hidden, exact_bias = exactly(hidden, bias)
+    exact = plain_activation(exact_hidden + exact_bias[expert_of_row], activation, gated)
+    assert_near(out, exact, dtype)
+    factor = torch.randn(count, width).to(dtype)
+    (out * factor).sum().backward()
+    (exact * factor).sum().backward()
+    assert_near(hidden.grad, exact_hidden.grad, dtype)
+    assert_near(bias.grad, exact_bias.grad, dtype)
+    assert bias.grad is not None
+    for expert, number in enumerate(ROWS[rows]):
+        assert bool(bias.grad[expert].any()) == (number > 0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("shape", "gated"), [((67, 24), True), ((2, 3, 10), True), ((5, 7), False), ((0, 4), True)]
+)
+def test_activation_without_bias(
+    backend: str, shape: tuple[int, ...], gated: bool, activation: Activation
+) -> None:
+    torch.manual_seed(0)
+    hidden = random(*shape, dtype=torch.float32)
+    (exact_hidden,) = exactly(hidden)
+    out = activate(hidden, activation, gated)
+    exact = plain_activation(exact_hidden, activation, gated)
+    assert_near(out, exact, torch.float32)
+    factor = torch.randn(out.shape)
+    (out * factor).sum().backward()
+    (exact * factor).sum().backward()
+    assert_near(hidden.grad, exact_hidden.grad, torch.float32)
+
+
+def test_activation_of_a_transposed_view(backend: str) -> None:
+    torch.manual_seed(0)
+    base = random(4, 3, 12, dtype=torch.float32)
+    activate(base.transpose(0, 1), "silu", True).sum().backward()
+    (exact,) = exactly(base)
+    plain_activation(exact.transpose(0, 1), "silu", True).sum().backward()
+    assert_near(base.grad, exact.grad, torch.float32)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_large_and_undefined_values(backend: str, activation: Activation) -> None:
+    """No overflow on the way; what is not a number stays so, alone."""
+    hidden = torch.tensor([[-500.0, 500.0, 0.0, float("nan")]], requires_grad=True)
+    out = activate(hidden, activation, False)
+    out.sum().backward()
+    assert hidden.grad is not None
+    assert out[0, :3].tolist() == [0.0, 500.0, 0.0]
+    assert hidden.grad[0, :2].tolist() == [0.0, 1.0]
+    assert out[0, 3].isnan()
+    assert torch.isfinite(hidden.grad[0, :3]).all()
+
+
+def shuffled(counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A permutation and its inverse."""
+    order = torch.randperm(sum(counts))
+    return order, order.argsort()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "width", "copies"),
+    [
+        ("many experts in a block", 8, 4),
+        ("experts of many blocks", 130, 6),
+        ("experts of many blocks", 5, 3),
+        ("ends of blocks", 128, 1),
+        ("one row", 16, 1),
+        ("nothing for the first and last", 70, 10),
+        ("no rows", 8, 2),
+    ],
+)
+def test_weighted_sums_of_rows(
+    backend: str, rows: str, width: int, copies: int, biased: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    counts = ROWS[rows]
+    (offsets, expert_of_row), (order, inverse) = grouped(counts), shuffled(counts)
+    tokens = sum(counts) // copies
+    x = random(sum(counts), width, dtype=dtype)
+    bias = random(len(counts), width, dtype=dtype) if biased else None
+    weights = random(tokens, copies, dtype=torch.float32)
+    out = combine_rows(x, bias, weights, order, inverse, offsets, expert_of_row)
+    exact_x, exact_weights, *exact_bias = exactly(x, weights, bias)
+    outputs = exact_x + exact_bias[0][expert_of_row] if biased else exact_x
+    exact = torch.zeros(tokens, width, dtype=torch.float64)
+    exact = exact.index_add(0, order // copies, outputs * exact_weights.flatten()[order, None])
+    assert_near(out, exact, dtype)
+    factor = torch.randn(tokens, width).to(dtype)
+    (out * factor).sum().backward()
+    (exact * factor).sum().backward()
+    assert_near(x.grad, exact_x.grad, dtype)
+    if dtype == torch.float32 or backend == "kernel":  # operators have weights in bf16
+        assert_near(weights.grad, exact_weights.grad, torch.float32)
+    if bias is not None:
+        assert_near(bias.grad, exact_bias[0].grad, dtype)
+        assert bias.grad is not None
+        assert [bool(row.any()) for row in bias.grad] == [number > 0 for number in counts]
+
+
+@pytest.mark.parametrize("frozen", ["rows", "bias", "weights"])
+def test_what_is_frozen_has_no_gradient(backend: str, frozen: str) -> None:
+    torch.manual_seed(0)
+    counts = ROWS["many experts in a block"]
+    (offsets, expert_of_row), (order, inverse) = grouped(counts), shuffled(counts)
+    inputs = {
+        "rows": random(16, 8, dtype=torch.float32),
+        "bias": random(7, 8, dtype=torch.float32),
+        "weights": random(8, 2, dtype=torch.float32),
+    }
+    wanted = []
+    for names in (list(inputs), [name for name in inputs if name != frozen]):
+        for name, tensor in inputs.items():
+            tensor.requires_grad_(name in names)
+        out = combine_rows(*inputs.values(), order, inverse, offsets, expert_of_row)
+        wanted.append(torch.autograd.grad(out.square().sum(), [inputs[name] for name in names]))
+    everything = dict(zip(inputs, wanted[0], strict=True))
+    for name, gradient in zip([name for name in inputs if name != frozen], wanted[1], strict=True):
+        assert torch.equal(gradient, everything[name])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("biased", [True, False])
+def test_rows_go_back_to_their_places(backend: str, rows: str, biased: bool) -> None:
+    torch.manual_seed(0)
+    counts = ROWS[rows]
+    (offsets, expert_of_row), (order, inverse) = grouped(counts), shuffled(counts)
+    x = random(sum(counts), 20, dtype=torch.float32)
+    bias = random(len(counts), 20, dtype=torch.float32) if biased else None
+    out = place_rows(x, bias, order, inverse, offsets, expert_of_row)
+    exact_x, *exact_bias = exactly(x, bias)
+    exact = (exact_x + exact_bias[0][expert_of_row] if biased else exact_x)[inverse]
+    assert_near(out, exact, torch.float32)
+    factor = torch.randn_like(out)
+    (out * factor).sum().backward()
+    (exact * factor).sum().backward()
+    assert_near(x.grad, exact_x.grad, torch.float32)
+    if bias is not None:
+        assert_near(bias.grad, exact_bias[0].grad, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("tokens", "copies", "width"), [(23, 6, 130), (5, 1, 8), (17, 10, 5), (0, 2, 8)])
+def test_gradient_of_repeated_rows(
+    backend: str, tokens: int, copies: int, width: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    order = torch.randperm(tokens * copies)
+    x, factor = random(tokens, width, dtype=dtype), torch.randn(tokens * copies, width).to(dtype)
+    (exact_x,) = exactly(x)
+    (repeat_permuted(x, order, order.argsort(), copies) * factor).sum().backward()
+    (exact_x.repeat_interleave(copies, 0)[order] * factor).sum().backward()
+    assert_near(x.grad, exact_x.grad, dtype)
+
+
+def test_gradients_by_finite_differences() -> None:
+    counts = [3, 0, 5]
+    (offsets, expert_of_row), (order, inverse) = grouped(counts), shuffled(counts)
+    hidden, bias = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (8, 3))
+    weights = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+
+    def layer(hidden: torch.Tensor, bias: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        rows = activate_rows(hidden, bias, offsets, expert_of_row, "silu", True)
+        return combine_rows(rows, F.silu(bias[:, :3]), weights, order, inverse, offsets, expert_of_row)
+
+    assert torch.autograd.gradcheck(layer, (hidden, bias, weights))
