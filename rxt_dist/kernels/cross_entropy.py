@@ -9,6 +9,8 @@ Shape legend: m rows, D width, V vocabulary, C rows of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +27,19 @@ _ONES = 8
 Wanted = tuple[bool, bool, bool]
 """Which gradients somebody asks for: of hidden, weight and bias."""
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+_repeated = False
+
+
+@contextmanager
+def repeated_later() -> Iterator[None]:
+    """Inside, losses compute no gradients yet: recomputation runs the pass again."""
+    global _repeated
+    before, _repeated = _repeated, True
+    try:
+        yield
+    finally:
+        _repeated = before
 
 
 def linear_cross_entropy(
@@ -74,7 +89,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = project(hidden[part], weight, bias, buffer)
-            gradient = _score_rows(logits, targets[part], losses[part], hits[part], any(wanted))
+            multiplies = any(wanted) and not _repeated
+            gradient = _score_rows(logits, targets[part], losses[part], hits[part], multiplies)
             if gradient is not None:
                 gradients.add(part, gradient)
         ctx.kept = wanted, hidden.shape[1], weight.dtype
