@@ -133,7 +133,9 @@ def floors(case: Case, inputs: Tensors, out: torch.Tensor, rates: Rates) -> tupl
     seconds = out.element_size() / rates.memory
     constant = case.constant_bytes / rates.memory
     products = case.products / rates.matmul[inputs[0].dtype]
-    return max(forward * seconds + constant, products), max(backward * seconds + constant, 2 * products)
+    later = 2 * case.products if case.backward_products is None else case.backward_products
+    later_products = later / rates.matmul[inputs[0].dtype]
+    return max(forward * seconds + constant, products), max(backward * seconds + constant, later_products)
 
 
 def measure(

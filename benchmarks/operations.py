@@ -21,7 +21,6 @@ from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.kernels.grouped_gemm import grouped_linear
 from rxt_dist.kernels.norm import rms_norm
 from rxt_dist.kernels.permute import repeat_permuted
-from rxt_dist.model.heads import CROSS_ENTROPY_CHUNK
 from rxt_dist.model.moe import ExpertOrder, Router
 from rxt_dist.model.rope import Rotation
 
@@ -44,11 +43,13 @@ class Sizes:
     top_k: int = 6
     expert_hidden: int = 384
     vocabulary: int = 20_000
+    chunks: tuple[int, ...] = (2048, 4096, 8192, 16_384)
+    """Rows whose logits live at once."""
 
 
 SMALL = Sizes(
     tokens=192, seq_len=48, slots=16, width=32, inner=32, head_widths=(16, 32), hidden=48, experts=6, top_k=2,
-    expert_hidden=24, vocabulary=96,
+    expert_hidden=24, vocabulary=96, chunks=(64,),
 )  # fmt: skip
 """Sizes for tests and CPUs."""
 
@@ -60,7 +61,8 @@ class Case:
     Attributes:
         inputs: fp32, off special values; their gradients are compared.
         ours: what training runs, on inputs in its dtype; exact: the same in plain operations.
-        products: operations of the matrix products of the forward pass; the backward pass has twice as many.
+        products: operations of the matrix products of the forward pass.
+        backward_products: those of the backward pass; None: twice as many.
         constant_bytes: what else is read in each pass: indexes, tables.
         moved: numbers in the dtype that the two passes have to read and write; None: all inputs and results.
     """
@@ -69,6 +71,7 @@ class Case:
     ours: Callable[..., torch.Tensor]
     exact: Callable[..., torch.Tensor]
     products: int = 0
+    backward_products: int | None = None
     constant_bytes: int = 0
     moved: tuple[int, int] | None = None
 
@@ -90,7 +93,8 @@ def operations(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterat
     yield "combine", lambda: _combine(sizes, device)
     yield "grouped_linear", lambda: _grouped_linear(sizes, device)
     yield "route and permute", lambda: _routing(sizes, device)
-    yield "linear_cross_entropy", lambda: _cross_entropy(sizes, device)
+    for chunk in sizes.chunks:
+        yield f"linear_cross_entropy C={chunk}", _cross_entropy(sizes, device, chunk)
     yield "embedding", lambda: _embedding(sizes, device)
 
 
@@ -282,24 +286,28 @@ def _routing(sizes: Sizes, device: torch.device) -> Case:
     return Case([x, logits], ours, exact, moved=moved)
 
 
-def _cross_entropy(sizes: Sizes, device: torch.device) -> Case:
-    targets = torch.randint(sizes.vocabulary, (sizes.tokens,), device=device)
-    chunk = min(CROSS_ENTROPY_CHUNK, sizes.tokens // 3)
+def _cross_entropy(sizes: Sizes, device: torch.device, chunk: int) -> Operation:
+    """The forward pass computes the gradients, which the backward pass scales."""
 
-    def ours(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return linear_cross_entropy(hidden, weight, bias, targets, chunk)[0] / sizes.tokens
+    def make() -> Case:
+        targets = torch.randint(sizes.vocabulary, (sizes.tokens,), device=device)
 
-    def exact(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(F.linear(hidden, weight, bias), targets)
+        def ours(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            return linear_cross_entropy(hidden, weight, bias, targets, chunk)[0] / sizes.tokens
 
-    weight = _random(sizes.vocabulary, sizes.width, device=device) / sizes.width**0.5
-    inputs = [
-        _random(sizes.tokens, sizes.width, device=device),
-        weight,
-        _random(sizes.vocabulary, device=device),
-    ]
-    products = 2 * sizes.tokens * sizes.width * sizes.vocabulary
-    return Case(inputs, ours, exact, products=products, constant_bytes=targets.numel() * 8)
+        def exact(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(F.linear(hidden, weight, bias), targets)
+
+        hidden = _random(sizes.tokens, sizes.width, device=device)
+        weight = _random(sizes.vocabulary, sizes.width, device=device) / sizes.width**0.5
+        bias = _random(sizes.vocabulary, device=device)
+        products = 3 * 2 * sizes.tokens * sizes.width * sizes.vocabulary
+        numbers = 2 * (hidden.numel() + weight.numel() + bias.numel())
+        return Case(
+            [hidden, weight, bias], ours, exact, products, 0, targets.numel() * 8, moved=(numbers, numbers)
+        )
+
+    return make
 
 
 def _embedding(sizes: Sizes, device: torch.device) -> Case:

@@ -1,16 +1,45 @@
 """Output projection and cross-entropy in one, over chunks of rows, so that logits never live whole.
 
+The gradient of a chunk's logits is computed as soon as they are there, in their place, and multiplied into
+the gradients of rows and parameters: logits are made once, and the backward pass only scales (Hsu et al.,
+2024, https://arxiv.org/abs/2410.10989).
+
 Shape legend: m rows, D width, V vocabulary, C rows of a chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from rxt_dist.kernels.compilation import compiled_kernel
+from rxt_dist.kernels.triton_support import HAS_TRITON, uses_triton
+
+if HAS_TRITON:
+    from rxt_dist.kernels import cross_entropy_triton
+
+_ONES = 8
+"""Columns of ones beside the rows: their product is the bias' gradient. GPUs like multiples of 8."""
+Wanted = tuple[bool, bool, bool]
+"""Which gradients somebody asks for: of hidden, weight and bias."""
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+_repeated = False
+
+
+@contextmanager
+def repeated_later() -> Iterator[None]:
+    """Inside, losses compute no gradients yet: recomputation runs the pass again."""
+    global _repeated
+    before, _repeated = _repeated, True
+    try:
+        yield
+    finally:
+        _repeated = before
 
 
 def linear_cross_entropy(
@@ -23,17 +52,21 @@ def linear_cross_entropy(
     """Summed cross-entropy of ``softmax(hidden @ weight.T + bias)`` and the number of correct rows.
 
     Logits exist for ``chunk`` rows at a time, in the dtype of ``hidden`` as an output projection would
-    give them; softmax and sums are fp32. The backward computes them again instead of keeping them.
+    give them, and their gradient in that dtype too; softmax and sums are fp32. While gradients are recorded,
+    the forward pass computes those of the sum and keeps them, of ``hidden`` in its dtype and of the
+    parameters in fp32. The backward pass multiplies by the gradient it is given, which rounds that of
+    ``hidden`` a second time.
 
     Args:
         hidden: [m, D]; weight: [V, D]; bias: [V] or None; targets: int64 [m], each in [0, V).
         chunk: rows C whose logits live at once.
 
     Returns:
-        (loss sum, fp32 scalar; rows whose largest logit is the target, int64 scalar, no gradient).
-        With m = 0 both are 0, and the inputs get gradients of zeros.
+        (loss sum, fp32 scalar; rows whose largest logit, the first of equal ones, is the target's, int64
+        scalar, no gradient). With m = 0 both are 0, and the inputs get gradients of zeros.
     """
-    loss, correct = _LinearCrossEntropy.apply(hidden, weight, bias, targets, chunk)  # type: ignore[no-untyped-call]
+    records = torch.is_grad_enabled()  # never inside of an autograd function
+    loss, correct = _apply(hidden, weight, bias, targets, chunk, records)
     return loss, correct
 
 
@@ -46,85 +79,137 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         chunk: int,
+        records: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        normalisers = []
-        for start in range(0, hidden.shape[0], chunk):
-            rows, target = hidden[start : start + chunk], targets[start : start + chunk]
-            normaliser, wanted, hits = _scores(rows, weight, bias, target)
-            loss += (normaliser - wanted).sum()
-            correct += hits
-            normalisers.append(normaliser)
-        ctx.chunk = chunk
-        ctx.save_for_backward(hidden, weight, bias, targets, *normalisers)
+        wanted: Wanted = tuple(records and need for need in ctx.needs_input_grad[:3])  # type: ignore[assignment]
+        gradients = ProjectionGradients(hidden, weight, wanted)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        hits = torch.empty(len(hidden), dtype=torch.int32, device=hidden.device)
+        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits = project(hidden[part], weight, bias, buffer)
+            multiplies = any(wanted) and not _repeated
+            gradient = _score_rows(logits, targets[part], losses[part], hits[part], multiplies)
+            if gradient is not None:
+                gradients.add(part, gradient)
+        ctx.kept = wanted, hidden.shape[1], weight.dtype
+        ctx.save_for_backward(gradients.hidden, gradients.parameters)
+        correct = hits.sum()
         ctx.mark_non_differentiable(correct)
-        return loss, correct
+        return losses.sum(), correct
 
     @staticmethod
-    def backward(
-        ctx: Any, *grads: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None]:
-        hidden, weight, bias, targets, *normalisers = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        # Parameter gradients add up over chunks in fp32: bf16 would drop what late chunks contribute.
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        for index, normaliser in enumerate(normalisers):
-            part = slice(index * ctx.chunk, (index + 1) * ctx.chunk)
-            rows, target = hidden[part], targets[part]
-            gradient, bias_part = _logit_gradient(rows, weight, bias, target, normaliser, grads[0])
-            if grad_bias is not None:
-                grad_bias += bias_part
-            if grad_hidden is not None:
-                torch.mm(gradient, weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                _add_product(grad_weight, gradient, rows)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(weight.dtype),
-            None,
-            None,
-        )
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, parameters = ctx.saved_tensors
+        return (*scaled_gradients(hidden, parameters, grads[0], *ctx.kept), None, None, None)
 
 
-def _add_product(total: torch.Tensor, gradient: torch.Tensor, rows: torch.Tensor) -> None:
-    """``total += gradient.T @ rows``, total in fp32."""
-    if rows.dtype == total.dtype:
-        total.addmm_(gradient.T, rows)
+# torch.compile does not know products in another dtype than that of their factors.
+_apply = torch.compiler.disable(_LinearCrossEntropy.apply)  # type: ignore[no-untyped-call]
+
+
+class ProjectionGradients:
+    """Gradients of what logits are projected from, collected chunk by chunk.
+
+    Args:
+        hidden: [m, D]; weight: [V, D].
+
+    Attributes:
+        hidden: [m, D], that of ``hidden`` in its dtype, or None.
+        parameters: fp32 [V, D + 8], that of the weight beside equal columns of the bias', or one of the two,
+            or None. Sums over chunks are fp32: bf16 would drop what late chunks contribute.
+    """
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, wanted: Wanted) -> None:
+        of_hidden, of_weight, of_bias = wanted
+        self._weight = weight
+        self.hidden = torch.empty_like(hidden) if of_hidden else None
+        self.parameters: torch.Tensor | None = None
+        if of_weight or of_bias:
+            rows = hidden if of_weight else hidden[:, :0]
+            self._factors = F.pad(rows, (0, _ONES), value=1.0) if of_bias else rows
+            width = self._factors.shape[1]
+            self.parameters = torch.zeros(len(weight), width, dtype=torch.float32, device=weight.device)
+
+    def add(self, part: slice, gradient: torch.Tensor) -> None:
+        """Take in rows ``part``, whose logits of the first V of the vocabulary have ``gradient`` [C, V]."""
+        vocabulary = gradient.shape[1]
+        if self.hidden is not None:
+            torch.mm(gradient, self._weight[:vocabulary], out=self.hidden[part])
+        if self.parameters is not None:
+            _add_product(self.parameters[:vocabulary], gradient.T, self._factors[part])
+
+
+def project(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, buffer: torch.Tensor
+) -> torch.Tensor:
+    """``rows @ weight.T + bias`` in the first rows of ``buffer``."""
+    out = buffer[: len(rows)]
+    if bias is None:
+        return torch.mm(rows, weight.T, out=out)
+    return torch.addmm(bias, rows, weight.T, out=out)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """``total += left @ right``, total in fp32."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif not total.is_cuda:
+        total += left @ right
     else:
-        total += gradient.T @ rows
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
 @compiled_kernel
-def _scores(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log of the sum of exponentials and target logit, fp32 [C] each, and how many rows are correct."""
-    logits = F.linear(rows, weight, bias).float()
-    best, guess = logits.max(dim=1)
-    wanted = logits.gather(1, target[:, None]).squeeze(1)
-    normaliser = logits.sub_(best[:, None]).exp_().sum(dim=1).log_().add_(best)
-    return normaliser, wanted, (guess == target).sum()
+def scaled_gradients(
+    hidden: torch.Tensor | None,
+    parameters: torch.Tensor | None,
+    factor: torch.Tensor,
+    wanted: Wanted,
+    width: int,
+    dtype: torch.dtype,
+) -> Gradients:
+    """``factor``, an fp32 scalar, times what :class:`ProjectionGradients` has. Each is rounded once, those of
+    the parameters, of ``width`` D, to ``dtype``."""
+    weight = bias = None
+    if hidden is not None:
+        hidden = (hidden.float() * factor).to(hidden.dtype)
+    if parameters is not None:
+        weight = (parameters[:, :width] * factor).to(dtype) if wanted[1] else None
+        bias = (parameters[:, -1] * factor).to(dtype) if wanted[2] else None
+    return hidden, weight, bias
+
+
+def _score_rows(
+    logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, hits: torch.Tensor, wanted: bool
+) -> torch.Tensor | None:
+    """Write what rows of ``logits`` [C, V] lose (fp32 [C]) and whether they hit their targets (int32 [C]).
+    With ``wanted`` the gradient of the summed loss takes the place of ``logits`` and is returned."""
+    if uses_triton(logits):
+        cross_entropy_triton.score_rows(logits, targets, losses, hits, gradient=wanted)
+        return logits if wanted else None
+    losses[:], hits[:], normaliser = _scores(logits, targets)
+    return _logit_gradient(logits, targets, normaliser) if wanted else None
 
 
 @compiled_kernel
-def _logit_gradient(
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    normaliser: torch.Tensor,
-    grad: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of the logits [C, V] in the dtype of ``rows``, and fp32 [V] its sum over rows."""
-    gradient = F.linear(rows, weight, bias).float().sub_(normaliser[:, None]).exp_()
+def _scores(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, whether the target has the largest logit, and the logarithm of the sum of exponentials; [C]."""
+    exact = logits.float()
+    best, guess = exact.max(dim=1)
+    wanted = exact.gather(1, target[:, None]).squeeze(1)
+    normaliser = exact.sub(best[:, None]).exp_().sum(dim=1).log_().add_(best)
+    return normaliser - wanted, guess == target, normaliser
+
+
+@compiled_kernel
+def _logit_gradient(logits: torch.Tensor, target: torch.Tensor, normaliser: torch.Tensor) -> torch.Tensor:
+    """Gradient of the summed loss [C, V] in the dtype of ``logits``, which may be overwritten."""
+    gradient = logits.float().sub_(normaliser[:, None]).exp_()
     if torch.compiler.is_compiling():  # fuses with what surrounds it, as a scatter would not
         columns = torch.arange(gradient.shape[1], device=gradient.device)
         gradient = gradient - (columns == target[:, None]).float()
     else:
         gradient.scatter_add_(1, target[:, None], gradient.new_full((target.shape[0], 1), -1.0))
-    gradient = gradient.mul_(grad)
-    return gradient.to(rows.dtype), gradient.sum(dim=0)
+    return gradient.to(logits.dtype)

@@ -13,11 +13,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from rxt_dist.kernels.cross_entropy import ProjectionGradients, project, scaled_gradients
+from rxt_dist.kernels.triton_support import HAS_TRITON, uses_triton
 from rxt_dist.model.canonical import Cut
 from rxt_dist.model.heads import CROSS_ENTROPY_CHUNK, LMHead, Loss, MLMHead
 from rxt_dist.model.initialisation import Distribution, linear_default
 from rxt_dist.parallel.regions import gathered, joined, slice_of, summed
 from rxt_dist.parallel.tensor_layers import TensorRank, real_rows, vocabulary_part
+
+if HAS_TRITON:
+    from rxt_dist.kernels import cross_entropy_triton
 
 
 class _VocabHead(nn.Module):
@@ -86,8 +91,9 @@ class _VocabCrossEntropy(torch.autograd.Function):
     """What :func:`rxt_dist.kernels.cross_entropy.linear_cross_entropy` gives, each rank with its logits.
 
     Ranks exchange four numbers a row, once for all chunks: the logarithm of their sum of exponentials, the
-    target's logit, the largest logit, and whether that is the target's. With ``keeps_slice`` each keeps its
-    slice of the rows for the backward pass, which gathers the others again.
+    target's logit, the largest logit, and whether that is the target's. So the gradient of logits has to
+    wait for all chunks, and the backward pass makes them again. With ``keeps_slice`` each rank keeps its
+    slice of the rows until then and gathers the others again.
     """
 
     @staticmethod
@@ -103,9 +109,11 @@ class _VocabCrossEntropy(torch.autograd.Function):
         keeps_slice: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         own = torch.empty(4, hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        buffer = hidden.new_empty(min(chunk, len(hidden)), len(held))
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            _own_numbers(hidden[part], weight, bias, targets[part], held, own[:, part])
+            logits = project(hidden[part], weight[: len(held)], bias[: len(held)], buffer)
+            _own_numbers(logits, targets[part], held, own[:, part])
         normalisers, wanted, best, hits = gathered(own, group).unbind(1)  # [R, m] each
         normaliser = normalisers.logsumexp(dim=0)
         ctx.chunk, ctx.held, ctx.group, ctx.keeps_slice = chunk, held, group, keeps_slice
@@ -123,61 +131,53 @@ class _VocabCrossEntropy(torch.autograd.Function):
         hidden, weight, bias, targets, normaliser = ctx.saved_tensors
         if ctx.keeps_slice:
             hidden = joined(hidden, len(targets), ctx.group)
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        gradients = ProjectionGradients(hidden, weight, ctx.needs_input_grad[:3])
         count = len(ctx.held)
+        buffer = hidden.new_empty(min(ctx.chunk, len(hidden)), count)
         for start in range(0, hidden.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            rows = hidden[part]
-            gradient = F.linear(rows, weight[:count], bias[:count]).float()
-            gradient = gradient.sub_(normaliser[part, None]).exp_()
-            column, is_here = _column_of(targets[part], ctx.held)
-            if count:
-                gradient.scatter_add_(1, column, -is_here.to(gradient.dtype))
-            gradient.mul_(grads[0])
-            if grad_bias is not None:
-                grad_bias[:count] += gradient.sum(dim=0)
-            gradient = gradient.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(gradient, weight[:count], out=grad_hidden[part])
-            if grad_weight is not None:
-                grad_weight[:count] += gradient.T @ rows
-        return (
-            None if grad_hidden is None else summed(grad_hidden, ctx.group),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+            logits = project(hidden[part], weight[:count], bias[:count], buffer)
+            gradients.add(part, _logit_gradient(logits, targets[part], ctx.held, normaliser[part]))
+        sums = gradients.hidden, gradients.parameters
+        kept = ctx.needs_input_grad[:3], hidden.shape[1], weight.dtype
+        of_hidden, of_weight, of_bias = scaled_gradients(*sums, grads[0], *kept)
+        if of_hidden is not None:
+            of_hidden = summed(of_hidden, ctx.group)
+        return of_hidden, of_weight, of_bias, None, None, None, None, None
 
 
-def _own_numbers(
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    targets: torch.Tensor,
-    held: range,
-    out: torch.Tensor,
-) -> None:
+def _own_numbers(logits: torch.Tensor, targets: torch.Tensor, held: range, out: torch.Tensor) -> None:
     """Write the four numbers of :class:`_VocabCrossEntropy` into ``out`` [4, C]."""
+    if held and uses_triton(logits):
+        cross_entropy_triton.score_parts(logits, targets, held.start, out)
+        return
     out[0].fill_(-torch.inf)
     out[1].zero_()
     out[2].fill_(-torch.inf)
     out[3].zero_()
     if not held:
         return
-    logits = F.linear(rows, weight[: len(held)], bias[: len(held)]).float()
+    exact = logits.float()
     column, is_here = _column_of(targets, held)
-    best, guess = logits.max(dim=1)
-    out[1] = torch.where(is_here, logits.gather(1, column), 0.0).squeeze(1)
+    best, guess = exact.max(dim=1)
+    out[1] = torch.where(is_here, exact.gather(1, column), 0.0).squeeze(1)
     out[2] = best
     out[3] = (is_here & (guess[:, None] == column)).squeeze(1)
-    out[0] = logits.sub_(best[:, None]).exp_().sum(dim=1).log_().add_(best)
+    out[0] = exact.sub_(best[:, None]).exp_().sum(dim=1).log_().add_(best)
+
+
+def _logit_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, held: range, normaliser: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of the summed loss with respect to ``logits`` [C, v], which are overwritten."""
+    if held and uses_triton(logits):
+        cross_entropy_triton.put_gradient_of_part(logits, targets, held.start, normaliser)
+        return logits
+    gradient = logits.float().sub_(normaliser[:, None]).exp_()
+    column, is_here = _column_of(targets, held)
+    if held:
+        gradient.scatter_add_(1, column, -is_here.to(gradient.dtype))
+    return gradient.to(logits.dtype)
 
 
 def _column_of(targets: torch.Tensor, held: range) -> tuple[torch.Tensor, torch.Tensor]:

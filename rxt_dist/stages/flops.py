@@ -2,8 +2,9 @@
 
 Counted are matrix products, as the mathematics needs them: two operations for every pair of factors, scores
 only of a query and a key that it sees, experts that a token visits, heads at rows with a target, and in the
-backward pass only gradients that somebody asks for. Padding, recomputation and everything elementwise are
-not counted, so that the share of a device's rate that this makes is the same for every way to compute it.
+backward pass only gradients that somebody asks for (among them those of heads, which the forward pass
+computes with their loss). Padding, recomputation and everything elementwise are not counted, so that the
+share of a device's rate that this makes is the same for every way to compute it.
 
 Shape legend: N tokens, D embedding width, L layers, b lanes, S STM slots, V vocabulary.
 """

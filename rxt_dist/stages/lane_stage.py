@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from rxt_dist.config import ModelConfig, RunConfig
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
 from rxt_dist.kernels.compilation import compiled
+from rxt_dist.kernels.cross_entropy import repeated_later
 from rxt_dist.model import RxTModel
 from rxt_dist.model.memory_attention import GateValues
 from rxt_dist.model.stm import draw_stm, initial_stm
@@ -110,7 +110,7 @@ class LaneStageModule(StageModule):
                     *arguments,
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    context_fn=lambda: (nullcontext(), not_counted(self)),
+                    context_fn=lambda: (repeated_later(), not_counted(self)),
                 )
             else:
                 stm, gates, sums = self.advance(*arguments)

@@ -103,7 +103,7 @@ STAGES = {
         "uniform_tensor",
     },
     "{name: smat, steps: 4, frozen: [encoder, memory_attention]}": {
-        *(LAYER, WRITE, FRESH, "_scores", "_logit_gradient"),
+        *(LAYER, WRITE, FRESH, "_scores", "_logit_gradient", "scaled_gradients"),
         "normal_tensor",
     },
 }

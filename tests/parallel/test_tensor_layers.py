@@ -18,6 +18,7 @@ from torch import nn
 from rxt_dist.config import AttentionConfig, MoEConfig, load_config
 from rxt_dist.interchange.native import COMPONENTS, NativeReader
 from rxt_dist.interchange.pretrained import save_pretrained
+from rxt_dist.kernels import triton_support
 from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.model import SequenceLayout, build_model
 from rxt_dist.model.attention import SelfAttention
@@ -217,7 +218,8 @@ def head_of(rows: int) -> tuple[LMHead, torch.Tensor, torch.Tensor]:
     return head, hidden.requires_grad_(), targets
 
 
-def heads(folder: Path, size: int) -> None:
+def heads(folder: Path, size: int, interpreted: bool) -> None:
+    triton_support.interpreted = interpreted
     tensor = TensorRank(dist.get_rank(), size, dist.group.WORLD)
     found = {}
     for rows, chunk in ((0, 4), (13, 4), (13, 100)):
@@ -240,9 +242,10 @@ def heads(folder: Path, size: int) -> None:
     torch.save(found, folder / f"{dist.get_rank()}.pt")
 
 
-@pytest.mark.parametrize("size", [3, 4, 6])  # 6: the last rank holds padding only
-def test_cross_entropy_over_a_divided_vocabulary(tmp_path: Path, size: int) -> None:
-    assert run_function(size, heads, tmp_path, size) == [0] * size
+# Of 6 ranks the last one holds padding only.
+@pytest.mark.parametrize(("size", "interpreted"), [(3, False), (4, False), (6, False), (6, True)])
+def test_cross_entropy_over_a_divided_vocabulary(tmp_path: Path, size: int, interpreted: bool) -> None:
+    assert run_function(size, heads, tmp_path, size, interpreted) == [0] * size
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
     count = -(-VOCABULARY // size)
     for rows, chunk in ((0, 4), (13, 4), (13, 100)):

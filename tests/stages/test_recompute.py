@@ -18,6 +18,8 @@ from helpers.lanes import (
     windows,
 )
 
+from rxt_dist.kernels.cross_entropy import ProjectionGradients
+
 COUNTS = [3, 1, 5, 2, 4, 7, 1, 6]
 STAGES = {
     "smat": "{name: smat, steps: 9, system_prompts: true}",
@@ -84,3 +86,20 @@ def test_memory_hardly_grows_with_the_window(stage: str) -> None:
     stm = 4 * 2 * 4 * 6 * 64  # bytes of fp32 [L, lanes, S, D]
     assert per_interaction["none"] > 10 * stm
     assert per_interaction["interaction"] == stm
+
+
+def test_a_head_multiplies_its_gradients_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in a pass that is run again."""
+    rows: list[int] = []
+    add = ProjectionGradients.add
+
+    def counted(self: ProjectionGradients, part: slice, gradient: torch.Tensor) -> None:
+        rows.append(len(gradient))
+        add(self, part, gradient)
+
+    monkeypatch.setattr(ProjectionGradients, "add", counted)
+    two_steps("smat", "none", 3, random_conversations(COUNTS))
+    together = sum(rows)
+    rows.clear()
+    two_steps("smat", "interaction", 3, random_conversations(COUNTS))
+    assert sum(rows) == together > 0
