@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from rxt_dist.kernels import triton_support
@@ -12,3 +14,17 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have functions that use Triton on a GPU use it here too, while a test runs."""
     assert triton_support.HAS_TRITON, "the tests need Triton, which `make setup` installs"
     monkeypatch.setattr(triton_support, "interpreted", True)
+    _let_numbers_bound_loops(monkeypatch)
+
+
+def _let_numbers_bound_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 asks NumPy for the int of an array of one number, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter as module
+
+    patch = module._patch_lang_tensor
+
+    def patch_index_too(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(module, "_patch_lang_tensor", patch_index_too)
