@@ -9,7 +9,7 @@ Shape legend: Nq query rows, Nk key/value rows, Hq query heads, Hk key/value hea
 
 # Kernels name their constants in capitals and have no types; tuples in them know only +.
 # ruff: noqa: N803, N806, RUF005
-# mypy: allow-untyped-defs, disable-error-code="untyped-decorator, assignment"
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="untyped-decorator, assignment"
 
 from __future__ import annotations
 
@@ -62,12 +62,13 @@ def short_attention(
         [Nq, Hq, d]. A query that sees no key gives 0. Gradients of rows of k and v behind ``cu_k[-1]`` are
         undefined.
     """
-    if scale < 0:  # the largest score is where the largest product is
-        q, scale = -q, -scale
+    if scale <= 0:  # the kernels take the largest product for the largest score
+        q, scale = q * scale, 1.0
     splits = _tiles(longest[0], _FORWARD_TILE[0], _MOST_SPLITS)
     chunks = _tiles(longest[1], _BACKWARD_TILE[1], max(1, longest_keys(q.shape[2]) // _BACKWARD_TILE[1]))
     inputs = (_loadable(x) for x in (q, k, v))
-    out: torch.Tensor = _ShortAttention.apply(*inputs, cu_q, cu_k, causal, scale, splits, chunks)  # type: ignore[no-untyped-call]
+    other_k = None if cu_k is cu_q else cu_k  # the compiler takes no tensor twice
+    out: torch.Tensor = _ShortAttention.apply(*inputs, cu_q, other_k, causal, scale, splits, chunks)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -83,10 +84,9 @@ def _tiles(rows: int, tile: int, most: int) -> int:
 
 
 def _loadable(x: torch.Tensor) -> torch.Tensor:
-    """``x`` [N, H, d] where its heads lie side by side and aligned in a row, else such a copy."""
-    heads_apart, apart = x.stride(1), x.stride(2)
-    aligned = x.stride(0) % _ALIGNED == 0 and x.storage_offset() % _ALIGNED == 0
-    return x if heads_apart == x.shape[2] and apart == 1 and aligned else x.contiguous()
+    """``x`` [N, H, d] where the heads of a row lie side by side and rows are aligned, else such a copy."""
+    side_by_side = x.stride(1) == x.shape[2] and x.stride(2) == 1
+    return x if side_by_side and x.stride(0) % _ALIGNED == 0 else x.contiguous()
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -97,12 +97,13 @@ class _ShortAttention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         cu_q: torch.Tensor,
-        cu_k: torch.Tensor,
+        other_k: torch.Tensor | None,
         causal: bool,
         scale: float,
         splits: int,
         chunks: int,
     ) -> torch.Tensor:
+        cu_k = cu_q if other_k is None else other_k
         rows, heads, width = q.shape
         out = torch.empty((rows, heads, width), dtype=q.dtype, device=q.device)
         level = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
@@ -112,13 +113,14 @@ class _ShortAttention(torch.autograd.Function):
             HEADS=heads, SHARED=heads // k.shape[1], WIDTH=width, CAUSAL=causal, SPLITS=splits,
             BLOCK_Q=_FORWARD_TILE[0], BLOCK_K=_FORWARD_TILE[1], num_warps=_WARPS, num_stages=2,
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, level, cu_q, cu_k)
+        ctx.save_for_backward(q, k, v, out, level, cu_q, other_k)
         ctx.causal, ctx.scale, ctx.chunks = causal, scale, chunks
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, level, cu_q, cu_k = ctx.saved_tensors
+        q, k, v, out, level, cu_q, other_k = ctx.saved_tensors
+        cu_k = cu_q if other_k is None else other_k
         rows, heads, width = q.shape
         kv_heads = k.shape[1]
         grad_q = torch.empty((rows, heads, width), dtype=q.dtype, device=q.device)
@@ -134,12 +136,6 @@ class _ShortAttention(torch.autograd.Function):
 
 
 if HAS_TRITON:
-
-    @triton.jit
-    def _group(cu, group):
-        """First row of a group, and its number of rows."""
-        start = tl.load(cu + group)
-        return start, tl.load(cu + group + 1) - start
 
     @triton.jit
     def _tile(base, row, stride, offsets, inside, WIDTH: tl.constexpr):
@@ -165,8 +161,11 @@ if HAS_TRITON:
         split = tl.program_id(0) % SPLITS
         head = tl.program_id(0) // SPLITS % HEADS
         group = tl.program_id(0) // (SPLITS * HEADS)
-        start_q, len_q = _group(cu_q, group)
-        start_k, len_k = _group(cu_k, group)
+        # Not in a function of its own, for which torch.compile would believe that the boundaries are written.
+        start_q = tl.load(cu_q + group)
+        len_q = tl.load(cu_q + group + 1) - start_q
+        start_k = tl.load(cu_k + group)
+        len_k = tl.load(cu_k + group + 1) - start_k
         q += head * WIDTH
         k += head // SHARED * WIDTH
         v += head // SHARED * WIDTH
@@ -222,8 +221,10 @@ if HAS_TRITON:
         KV_HEADS: tl.constexpr = HEADS // SHARED
         kv_head = tl.program_id(0) % KV_HEADS
         group = tl.program_id(0) // KV_HEADS
-        start_q, len_q = _group(cu_q, group)
-        start_k, len_k = _group(cu_k, group)
+        start_q = tl.load(cu_q + group)
+        len_q = tl.load(cu_q + group + 1) - start_q
+        start_k = tl.load(cu_k + group)
+        len_k = tl.load(cu_k + group + 1) - start_k
         rows = tl.arange(0, BLOCK_Q)
         keys = tl.arange(0, BLOCK_K)
         columns = tl.arange(0, WIDTH)
