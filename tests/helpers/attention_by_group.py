@@ -12,7 +12,7 @@ from rxt_dist.kernels.attention import AttentionLayout
 def attention_by_group(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: AttentionLayout, *, causal: bool, scale: float
 ) -> torch.Tensor:
-    """Softmax of masked scores; q [Nq, Hq, d], k and v [Nk, Hk, d] with Hk dividing Hq. Returns [Nq, Hq, d]."""
+    """[Nq, Hq, d], softmax of masked scores; q [Nq, Hq, d], k and v [Nk, Hk, d], where Hk divides Hq."""
     shared = q.shape[1] // k.shape[1]
     found = [q[:0]]
     bounds = zip(pairwise(layout.cu_q.tolist()), pairwise(layout.cu_k.tolist()), strict=True)

@@ -1,4 +1,4 @@
-"""The Triton kernels of attention in bf16 against fp32, eager and in a compiled region; for a CUDA machine."""
+"""Triton kernels of attention in bf16 against fp32, eager and in a compiled region; needs a CUDA device."""
 
 from __future__ import annotations
 
