@@ -182,16 +182,27 @@ if HAS_TRITON:
             bound = tl.full([BLOCK_Q], 0, tl.int32) + len_k
             all_see, seen = len_k, len_k
             if CAUSAL:
-                bound = tl.minimum(len_k - len_q + 1 + first + rows, len_k)
                 all_see = len_k - len_q + 1 + first
+                bound = tl.minimum(all_see + rows, len_k)
                 seen = tl.minimum(all_see + BLOCK_Q - 1, len_k)
-            for chunk in range(0, seen, BLOCK_K):
+            # Tiles of keys that every query of the tile sees need no mask.
+            clear = tl.maximum(tl.minimum(all_see, len_k), 0) // BLOCK_K * BLOCK_K
+            for chunk in tl.range(0, clear, BLOCK_K):
+                key = _tile(k, start_k + chunk, stride_k, keys, keys >= 0, WIDTH)
+                value = _tile(v, start_k + chunk, stride_v, keys, keys >= 0, WIDTH)
+                scores = tl.dot(query, tl.trans(key))
+                before = most
+                most = tl.maximum(before, tl.max(scores, 1) * scale_log2)
+                share = tl.exp2(scores * scale_log2 - most[:, None])
+                shrink = tl.exp2(before - most)
+                total = total * shrink + tl.sum(share, 1)
+                mixed = tl.dot(share.to(value.dtype), value, mixed * shrink[:, None])
+            for chunk in tl.range(clear, seen, BLOCK_K, num_stages=1):
                 exists = chunk + keys < len_k
                 key = _tile(k, start_k + chunk, stride_k, keys, exists, WIDTH)
                 value = _tile(v, start_k + chunk, stride_v, keys, exists, WIDTH)
                 scores = tl.dot(query, tl.trans(key))
-                if chunk + BLOCK_K > all_see:
-                    scores = tl.where((chunk + keys)[None, :] < bound[:, None], scores, float("-inf"))
+                scores = tl.where((chunk + keys)[None, :] < bound[:, None], scores, float("-inf"))
                 before = most
                 most = tl.maximum(before, tl.max(scores, 1) * scale_log2)
                 shift = tl.where(most == float("-inf"), 0.0, most)
