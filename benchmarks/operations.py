@@ -101,7 +101,7 @@ def operations(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterat
 def usable_backends(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Attention backends that can run here."""
     found = []
-    for name in ("flash", "varlen", "sdpa"):
+    for name in ("triton", "flash", "varlen", "sdpa"):
         try:
             set_attention_backend(name, device, dtype)
         except ConfigError:

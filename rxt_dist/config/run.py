@@ -370,8 +370,9 @@ class RuntimeConfig(Section):
 
     run_dir: ConfigPath
     """Folder of the run's checkpoints, logs and resolved configuration."""
-    attention_backend: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
-    """Attention kernel; auto: the fastest that the device and the precision allow."""
+    attention_backend: Literal["auto", "triton", "flash", "varlen", "sdpa"] = "auto"
+    """Attention kernel; auto: the fastest that the device and the precision allow. triton: our own for groups
+    of few keys (256 with heads of 16 numbers, 128 with heads of 32), the next here for longer ones."""
     compile: bool = False
     """Compile the layers and the loss with torch.compile: faster steps after a start of about a minute, which
     a later start on the same machine finds in the compiler's cache (TORCHINDUCTOR_CACHE_DIR). Needs bf16,
@@ -477,7 +478,7 @@ class RunConfig(Section):
             found = expert_override_problems(self.deepspeed, spread)
             problems += [problem.under("deepspeed") for problem in found]
         backend = self.runtime.attention_backend
-        if backend in ("flash", "varlen") and self.precision != "bf16":
+        if backend in ("triton", "flash", "varlen") and self.precision != "bf16":
             valid = f"needs precision bf16, precision is {self.precision}; valid: auto, sdpa"
             problems.append(Problem("runtime.attention_backend", f"found {backend}; {valid}"))
         if self.runtime.compile:

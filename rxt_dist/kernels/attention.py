@@ -1,4 +1,4 @@
-"""Attention over packed sequences: one function, three backends, no padding visible to the caller.
+"""Attention over packed sequences: one function, four backends, no padding visible to the caller.
 
 Shape legend: Nq query rows, Nk key/value rows, Hq query heads, Hk key/value heads, H = max(Hq, Hk),
 d head width, B attention groups (one a sequence), Tq/Tk longest query/key group.
@@ -18,12 +18,19 @@ import torch
 import torch.nn.functional as F
 
 from rxt_dist.errors import ConfigError
+from rxt_dist.kernels import triton_support
+from rxt_dist.kernels.attention_triton import longest_keys, short_attention
 from rxt_dist.kernels.compilation import compiles
 from rxt_dist.kernels.permute import take_rows
+from rxt_dist.kernels.triton_support import uses_triton
 
-BackendName = Literal["flash", "varlen", "sdpa"]
+BackendName = Literal["triton", "flash", "varlen", "sdpa"]
 # flash-attn's wheels are commonly built for bf16 alone, and then give wrong numbers in fp16.
-_HALF_TYPES = {"flash": (torch.bfloat16,), "varlen": (torch.bfloat16, torch.float16)}
+_HALF_TYPES = {
+    "triton": (torch.bfloat16, torch.float16),
+    "flash": (torch.bfloat16,),
+    "varlen": (torch.bfloat16, torch.float16),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +115,8 @@ def set_attention_backend(name: str, device: torch.device, dtype: torch.dtype) -
     :func:`~rxt_dist.kernels.compilation.set_compile`.
 
     Args:
-        name: "flash", "varlen", "sdpa", or "auto" for the first of these that works here.
+        name: "triton", "flash", "varlen", "sdpa", or "auto" for the first of these that works here. "triton"
+            takes short groups alone, and leaves the longer ones to the next that works.
         device: where the model runs; dtype: the dtype of its activations.
 
     Returns:
@@ -118,18 +126,19 @@ def set_attention_backend(name: str, device: torch.device, dtype: torch.dtype) -
         ConfigError: the backend asked for is unknown, not installed, or cannot run here.
     """
     global _backend
-    if name not in ("auto", *_BACKENDS):
-        valid = ", ".join(("auto", *_BACKENDS))
+    if name not in ("auto", *_PREFERENCE):
+        valid = ", ".join(("auto", *_PREFERENCE))
         raise ConfigError(f"runtime.attention_backend: unknown backend {name!r}; valid: {valid}")
-    obstacles = {key: _obstacle(key, device, dtype) for key in _BACKENDS}
-    if name == "auto":
-        chosen = next(key for key, obstacle in obstacles.items() if obstacle is None)
+    obstacles = {key: _obstacle(key, device, dtype) for key in _PREFERENCE}
+    usable = [key for key, obstacle in obstacles.items() if obstacle is None]
+    chosen = usable[0] if name == "auto" else next(key for key in _PREFERENCE if key == name)
+    if chosen not in usable:
+        found = f"{name!r} {obstacles[chosen]}; usable: {', '.join(usable)}"
+        raise ConfigError(f"runtime.attention_backend: {found}")
+    if chosen == "triton":
+        _backend = _short_or(_MAKERS[usable[1]]())
     else:
-        chosen = next(key for key in _BACKENDS if key == name)
-        if obstacles[chosen] is not None:
-            usable = ", ".join(key for key, obstacle in obstacles.items() if obstacle is None)
-            raise ConfigError(f"runtime.attention_backend: {name!r} {obstacles[chosen]}; usable: {usable}")
-    _backend = _BACKENDS[chosen]()
+        _backend = _MAKERS[chosen]()
     return chosen
 
 
@@ -139,6 +148,8 @@ def _obstacle(name: BackendName, device: torch.device, dtype: torch.dtype) -> st
         return None
     if device.type != "cuda" or dtype not in _HALF_TYPES[name]:
         return f"needs a CUDA device and bf16, found {device.type} and {str(dtype).removeprefix('torch.')}"
+    if name == "triton" and not triton_support.HAS_TRITON:
+        return "needs the package triton, which is not installed"
     if name == "flash" and importlib.util.find_spec("flash_attn") is None:
         return "needs the package flash-attn (extra 'cuda'), which is not installed"
     if name == "varlen" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
@@ -308,8 +319,22 @@ def _make_varlen() -> _Backend:
     return run
 
 
-# In the order of preference of "auto".
-_BACKENDS: dict[BackendName, Callable[[], _Backend]] = {
+def _short_or(long: _Backend) -> _Backend:
+    """Groups of few keys to the Triton kernels, others to ``long``."""
+
+    def run(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: AttentionLayout, causal: bool, scale: float
+    ) -> torch.Tensor:
+        if layout.max_k > longest_keys(q.shape[2]) or not uses_triton(q):
+            return long(q, k, v, layout, causal, scale)
+        longest = (layout.max_q, layout.max_k)
+        return short_attention(q, k, v, layout.cu_q, layout.cu_k, longest, causal=causal, scale=scale)
+
+    return run
+
+
+_PREFERENCE: tuple[BackendName, ...] = ("triton", "flash", "varlen", "sdpa")  # of "auto"
+_MAKERS: dict[BackendName, Callable[[], _Backend]] = {
     "flash": _make_flash,
     "varlen": _make_varlen,
     "sdpa": _make_sdpa,

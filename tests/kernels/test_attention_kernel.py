@@ -163,7 +163,7 @@ def test_auto_on_cpu_is_sdpa() -> None:
     assert set_attention_backend("sdpa", torch.device("cpu"), torch.bfloat16) == "sdpa"
 
 
-@pytest.mark.parametrize("name", ["flash", "varlen"])
+@pytest.mark.parametrize("name", ["triton", "flash", "varlen"])
 def test_gpu_backends_are_refused_on_cpu(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"attention_backend: '{name}' needs a CUDA device.*usable: sdpa"):
         set_attention_backend(name, torch.device("cpu"), torch.bfloat16)
@@ -181,7 +181,9 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_backend_names_the_valid_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown backend 'flesh'; valid: auto, flash, varlen, sdpa"):
+    with pytest.raises(
+        ConfigError, match="unknown backend 'flesh'; valid: auto, triton, flash, varlen, sdpa"
+    ):
         set_attention_backend("flesh", torch.device("cpu"), torch.float32)
 
 

@@ -46,7 +46,7 @@ def assert_near(ours: torch.Tensor, exact: torch.Tensor, tolerance: float = 0.02
     assert (ours - exact).abs().max() <= tolerance * exact.abs().max().clamp_min(1e-6)
 
 
-@pytest.mark.parametrize("backend", ["flash", "varlen"])
+@pytest.mark.parametrize("backend", ["triton", "flash", "varlen"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (2, 4)])
 @pytest.mark.parametrize(
     ("queries", "keys", "causal"),
@@ -83,7 +83,7 @@ def test_attention_backend(
         assert_near(left, right)
 
 
-@pytest.mark.parametrize("backend", ["flash", "varlen"])
+@pytest.mark.parametrize("backend", ["triton", "flash", "varlen"])
 def test_rows_after_the_last_group_have_no_gradient(backend: str) -> None:
     """Whatever the memory held where the backend puts its gradients."""
     try:
