@@ -47,8 +47,8 @@ def case_of(
 
 def test_what_is_compared() -> None:
     heads = [f"attention {kind} sdpa d={d}" for d in (16, 32) for kind in ("self", "causal", "cross")]
-    others = ("rms_norm", "rope", "swiglu", "grouped_linear", "route and permute", "linear_cross_entropy")
-    assert [*heads, *others, "embedding"] == NAMES
+    others = ("rms_norm", "rope", "swiglu", "grouped_linear", "router", "route and permute")
+    assert [*heads, *others, "linear_cross_entropy", "embedding"] == NAMES
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
