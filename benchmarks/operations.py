@@ -92,6 +92,7 @@ def operations(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterat
     yield "swiglu of experts", lambda: _expert_swiglu(sizes, device)
     yield "combine", lambda: _combine(sizes, device)
     yield "grouped_linear", lambda: _grouped_linear(sizes, device)
+    yield "router", lambda: _router(sizes, device)
     yield "route and permute", lambda: _routing(sizes, device)
     for chunk in sizes.chunks:
         yield f"linear_cross_entropy C={chunk}", _cross_entropy(sizes, device, chunk)
@@ -256,6 +257,22 @@ def _grouped_linear(sizes: Sizes, device: torch.device) -> Case:
     weight = _random(sizes.experts, fan_out, sizes.width, device=device) / sizes.width**0.5
     inputs = [_random(rows, sizes.width, device=device), weight]
     return Case(inputs, ours, exact, products=2 * rows * sizes.width * fan_out)
+
+
+def _router(sizes: Sizes, device: torch.device) -> Case:
+    """From logits to the weights of the chosen experts."""
+    router = Router(sizes.experts, sizes.experts, sizes.top_k)
+    router.proj = torch.nn.Identity()  # type: ignore[assignment]
+
+    def exact(logits: torch.Tensor) -> torch.Tensor:
+        top = logits.softmax(-1).topk(sizes.top_k).values
+        return top / top.sum(-1, keepdim=True)
+
+    logits = _random(sizes.tokens, sizes.experts, device=device)
+    # Weights and their gradient are fp32, the experts int64.
+    chosen = 2 * sizes.tokens * sizes.top_k
+    moved = logits.numel() + 3 * chosen, 2 * logits.numel() + 3 * chosen
+    return Case([logits], lambda x: router(x).weights, exact, moved=moved)
 
 
 def _routing(sizes: Sizes, device: torch.device) -> Case:

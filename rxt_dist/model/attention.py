@@ -93,11 +93,14 @@ class SelfAttention(TokenAttention):
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
         heads, gate = self._read_tokens(x, self.qkv)
-        q, k, v = torch.split(heads, [self.query_heads, self.kv_heads, self.kv_heads], dim=-2)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        if rotation is not None:
-            q, k = rotation.apply(q), rotation.apply(k)
+        if self.query_norm is None and rotation is not None:
+            q, k, v = rotation.apply_to_heads(heads, self.query_heads, self.kv_heads)
+        else:
+            q, k, v = torch.split(heads, [self.query_heads, self.kv_heads, self.kv_heads], dim=-2)
+            if self.query_norm is not None and self.key_norm is not None:
+                q, k = self.query_norm(q), self.key_norm(k)
+            if rotation is not None:
+                q, k = rotation.apply(q), rotation.apply(k)
         if cache is not None:
             k, v = cache.append(k, v)
         return self._project(attention(q, k, v, layout, causal=self.causal), gate)

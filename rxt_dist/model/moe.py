@@ -22,13 +22,23 @@ from rxt_dist.kernels.activation import Activation, activate, activate_rows
 from rxt_dist.kernels.combine import combine_rows
 from rxt_dist.kernels.grouped_gemm import grouped_linear
 from rxt_dist.kernels.permute import repeat_permuted
+from rxt_dist.kernels.triton_support import HAS_TRITON, uses_triton
 from rxt_dist.model.balance import RouterSums, count_experts, load_shares, switch_loss, z_loss
 from rxt_dist.model.feedforward import FeedForward
 from rxt_dist.model.initialisation import Constant, Distribution, Normal, linear_default
 
+if HAS_TRITON:
+    from rxt_dist.kernels.order_triton import counting_sort
+    from rxt_dist.kernels.router_triton import route
+
 _EXPERT_STD = 0.02
 ExpertInit = Literal["normal", "linear"]
 _WEIGHT_EPS = 1e-9
+
+
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension, in fp32 or wider."""
+    return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +48,18 @@ class Routing:
     Attributes:
         weights: fp32 [N, K], summing to 1 over K; experts: int64 [N, K].
         chosen_mass: fp32 [N], probability that the router gave to the chosen experts together.
-        logits: [N, E]; probabilities: fp32 [N, E].
+        logits: [N, E].
     """
 
     weights: torch.Tensor
     experts: torch.Tensor
     chosen_mass: torch.Tensor
     logits: torch.Tensor
-    probabilities: torch.Tensor
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """fp32 [N, E], computed anew: only one of the balance losses wants all of them."""
+        return _softmax(self.logits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +80,9 @@ class ExpertOrder:
     @classmethod
     def of(cls, experts: torch.Tensor, num_experts: int) -> ExpertOrder:
         """Sort int64 expert numbers of any shape (flattened to [n]), stably, without a host sync."""
+        if uses_triton(experts):
+            order, inverse, expert_of_row, offsets = counting_sort(experts.flatten(), num_experts)
+            return cls(order, inverse, expert_of_row, offsets)
         expert_of_row, order = torch.sort(experts.flatten(), stable=True)
         rows = torch.arange(order.shape[0], device=order.device)
         inverse = torch.empty_like(order).scatter_(0, order, rows)
@@ -114,15 +131,16 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Routing:
         logits = self.proj(x)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        probabilities = torch.softmax(logits, dim=-1, dtype=dtype)
+        if uses_triton(logits):
+            return Routing(*route(logits, self.selection_bias, self.top_k, _WEIGHT_EPS), logits)
+        probabilities = _softmax(logits)
         if self.selection_bias is None:
             top, experts = probabilities.topk(self.top_k, dim=-1)
         else:
             experts = (probabilities.detach() + self.selection_bias).topk(self.top_k, dim=-1).indices
             top = probabilities.gather(1, experts)
         mass = top.sum(dim=-1)
-        return Routing(top / (mass[:, None] + _WEIGHT_EPS), experts, mass, logits, probabilities)
+        return Routing(top / (mass[:, None] + _WEIGHT_EPS), experts, mass, logits)
 
 
 class Experts(nn.Module):
@@ -208,9 +226,7 @@ class SharedExperts(nn.Module):
 
     def shares(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Share of every expert in the mixture, fp32 [N, S], and the deviation from uniform."""
-        logits = self.gate(x)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        share = torch.softmax(logits, dim=-1, dtype=dtype)
+        share = _softmax(self.gate(x))
         return share, (share - 1.0 / share.shape[1]).abs().mean(dim=-1)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

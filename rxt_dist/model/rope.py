@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al., 2021), on adjacent channel pairs.
 
-Shape legend: N tokens, H heads, d head width.
+Shape legend: N tokens, H heads, Hq query heads, Hk key/value heads, d head width.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from typing import Literal
 import torch
 
 from rxt_dist.config import ModelConfig
+from rxt_dist.kernels.triton_support import HAS_TRITON, uses_triton
+
+if HAS_TRITON:
+    from rxt_dist.kernels.rotary_triton import rotate, rotated_heads
 
 Layout = Literal["interleaved", "halves"]
 
@@ -32,7 +36,7 @@ class Rotation:
     """Cosines and sines of every token's angles, shared by all layers of a component.
 
     Attributes:
-        cos, sin: [N, 1, d/2] in the dtype of the angles.
+        cos, sin: [N, 1, d/2] in the dtype of the angles, contiguous.
         layout: where the members of a rotated pair go; see :meth:`apply_one_sided`.
     """
 
@@ -64,13 +68,27 @@ class Rotation:
 
         For attentions that rotate queries and keys alike: their scores do not depend on the layout.
         """
+        if uses_triton(x):
+            return rotate(x, self.cos, self.sin, halves=False)
         return self._pairs(x).flatten(-2)
+
+    def apply_to_heads(
+        self, heads: torch.Tensor, query_heads: int, kv_heads: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [N, Hq, d] and keys [N, Hk, d], as :meth:`apply` rotates them, and values [N, Hk, d] of
+        ``heads`` [N, Hq + 2 Hk, d], which holds them in this order."""
+        if uses_triton(heads):
+            return rotated_heads(heads, self.cos, self.sin, query_heads, kv_heads)
+        q, k, v = torch.split(heads, [query_heads, kv_heads, kv_heads], dim=-2)
+        return self.apply(q), self.apply(k), v
 
     def apply_one_sided(self, x: torch.Tensor) -> torch.Tensor:
         """As :meth:`apply`, where the other side of the attention is not rotated.
 
         With the layout ``halves`` the first members of all rotated pairs come before all second members.
         """
+        if uses_triton(x):
+            return rotate(x, self.cos, self.sin, halves=self.layout == "halves")
         pairs = self._pairs(x)
         return (pairs.transpose(-1, -2) if self.layout == "halves" else pairs).flatten(-2)
 
