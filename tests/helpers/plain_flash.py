@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import pairwise
-from types import ModuleType
 
 import torch
+
+from benchmarks.flash_stand_in import flash_stand_in
 
 
 def _attend(
@@ -105,28 +104,6 @@ def _flash_attn_varlen_backward(
     return torch.zeros_like(softmax_lse)
 
 
-@contextmanager
-def plain_flash() -> Iterator[ModuleType]:
-    """``rxt_dist.kernels.flash`` over the stand-in, gone afterwards."""
-    package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
-    interface.__dict__.update(
-        _flash_attn_varlen_forward=_flash_attn_varlen_forward,
-        _flash_attn_varlen_backward=_flash_attn_varlen_backward,
-    )
-    package.__dict__["flash_attn_interface"] = interface
-    stand_ins = {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
-    assert not set(sys.modules) & {*stand_ins, "rxt_dist.kernels.flash"}
-    sys.modules.update(stand_ins)
-    try:
-        from rxt_dist.kernels import flash
-    finally:
-        for name in stand_ins:
-            del sys.modules[name]
-    try:
-        yield flash
-    finally:
-        flash._library._destroy()
-        del sys.modules["rxt_dist.kernels.flash"]
-        import rxt_dist.kernels
-
-        del rxt_dist.kernels.flash
+def plain_flash() -> AbstractContextManager[None]:
+    """Inside, attention runs on the backend "flash" over the stand-in."""
+    return flash_stand_in(_flash_attn_varlen_forward, _flash_attn_varlen_backward)
