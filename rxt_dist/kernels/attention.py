@@ -275,15 +275,13 @@ def _make_sdpa() -> _Backend:
 
 
 def _make_flash() -> _Backend:
-    from flash_attn import flash_attn_varlen_func
+    from rxt_dist.kernels.flash import flash_attention
 
     def run(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: AttentionLayout, causal: bool, scale: float
     ) -> torch.Tensor:
-        out: torch.Tensor = flash_attn_varlen_func(
-            q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, softmax_scale=scale, causal=causal
-        )
-        return out
+        groups = (layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
+        return flash_attention(q, k, v, *groups, causal=causal, scale=scale)
 
     return run
 
