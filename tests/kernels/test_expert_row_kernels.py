@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from rxt_dist.kernels import triton_support
 from rxt_dist.kernels.activation import Activation, activate, activate_rows
 from rxt_dist.kernels.combine import combine_rows, place_rows
 from rxt_dist.kernels.permute import repeat_permuted
+from rxt_dist.kernels.segments_triton import new_segments, sum_segments
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 ROWS = {
@@ -216,6 +219,52 @@ def test_what_is_frozen_has_no_gradient(backend: str, frozen: str) -> None:
     everything = dict(zip(inputs, wanted[0], strict=True))
     for name, gradient in zip([name for name in inputs if name != frozen], wanted[1], strict=True):
         assert torch.equal(gradient, everything[name])
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_sums_of_many_blocks() -> None:
+    """Of more segments of an expert than are added at once; what no expert has is not read."""
+    block, counts = 8, [5, 0, 8 * 150 + 3, 0, 16, 1]
+    offsets, expert_of_row = grouped(counts)
+    like = torch.empty(len(counts), 3)
+    segments = new_segments(sum(counts), block, like).fill_(float("nan"))
+    assert segments.shape == (154 + len(counts), 3)
+    expected = torch.zeros(len(counts), 3)
+    for row, expert in enumerate(expert_of_row.tolist()):
+        segments[row // block + expert] = torch.randn(3)
+    for expert in set(expert_of_row.tolist()):
+        blocks = {row // block for row in range(sum(counts)) if expert_of_row[row] == expert}
+        expected[expert] = segments[[number + expert for number in sorted(blocks)]].sum(0)
+    torch.testing.assert_close(sum_segments(segments, offsets, block, like), expected)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_nothing_is_written_beyond_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of rows and columns that fill no block stand before memory that must stay as it is."""
+    memories: list[tuple[torch.Tensor, int]] = []
+
+    def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        size = math.prod(shape)
+        memories.append((torch.full((size + 100_000,), 77.0, dtype=dtype), size))
+        return memories[-1][0][:size].view(shape)
+
+    plain = torch.Tensor.new_empty
+
+    def new_empty(x: torch.Tensor, *shape: int, dtype: torch.dtype | None = None, **kw: Any) -> torch.Tensor:
+        return plain(x, *shape, **kw) if kw else guarded(shape, dtype or x.dtype)  # the interpreter's own
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x: guarded(tuple(x.shape), x.dtype))
+    counts = ROWS["experts of many blocks"]
+    (offsets, expert_of_row), (order, inverse) = grouped(counts), shuffled(counts)
+    hidden = random(sum(counts), 140, dtype=torch.float32)
+    bias, output_bias = (random(len(counts), width, dtype=torch.float32) for width in (140, 70))
+    weights = random(sum(counts) // 3, 3, dtype=torch.float32)
+    rows = activate_rows(hidden, bias, offsets, expert_of_row, "silu", True)
+    combine_rows(rows, output_bias, weights, order, inverse, offsets, expert_of_row).sum().backward()
+    assert len(memories) == 9  # two results, gradients of five inputs, segments of two biases
+    for memory, size in memories:
+        assert (memory[size:] == 77.0).all()
 
 
 @pytest.mark.parametrize("rows", ROWS)
