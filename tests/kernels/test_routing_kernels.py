@@ -86,9 +86,9 @@ def test_experts_of_any_logits_are_distinct_and_in_range(biased: bool) -> None:
         torch.nan,
         -torch.nan,
     )
-    wild[4, 1] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # all bits set
-    bias = torch.zeros(5) if biased else None
-    weights, experts, _ = route(wild, bias, 5, EPS)
+    bias = torch.zeros(5)
+    bias[2] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # NaN with all bits set
+    weights, experts, _ = route(wild, bias if biased else None, 5, EPS)
     assert experts.sort(dim=1).values.tolist() == [[0, 1, 2, 3, 4]] * 6
     assert torch.isfinite(weights[5]).all()
 
