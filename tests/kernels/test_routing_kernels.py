@@ -30,10 +30,18 @@ def by_definition(
     return top / (mass[:, None] + EPS), mass, probabilities
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "count", "top_k"), [(70, 36, 6), (1, 5, 2), (9, 300, 10), (3, 5, 5), (2, 1, 1), (0, 4, 2)]
+    ("tokens", "count", "top_k", "biased", "dtype"),
+    [
+        (40, 36, 6, False, torch.float32),  # more than one program
+        (33, 36, 6, True, torch.bfloat16),
+        (2, 300, 10, False, torch.bfloat16),  # a row fills a warp
+        (2, 300, 10, True, torch.float32),
+        (3, 5, 5, False, torch.float32),
+        (1, 5, 2, True, torch.float32),
+        (2, 1, 1, False, torch.float32),
+        (0, 4, 2, True, torch.float32),
+    ],
 )
 def test_route(tokens: int, count: int, top_k: int, biased: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(tokens)
