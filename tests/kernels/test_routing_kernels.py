@@ -30,10 +30,18 @@ def by_definition(
     return top / (mass[:, None] + EPS), mass, probabilities
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "count", "top_k"), [(70, 36, 6), (1, 5, 2), (9, 300, 10), (3, 5, 5), (2, 1, 1), (0, 4, 2)]
+    ("tokens", "count", "top_k", "biased", "dtype"),
+    [
+        (40, 36, 6, False, torch.float32),  # more than one program
+        (33, 36, 6, True, torch.bfloat16),
+        (2, 300, 10, False, torch.bfloat16),  # a row fills a warp
+        (2, 300, 10, True, torch.float32),
+        (3, 5, 5, False, torch.float32),
+        (1, 5, 2, True, torch.float32),
+        (2, 1, 1, False, torch.float32),
+        (0, 4, 2, True, torch.float32),
+    ],
 )
 def test_route(tokens: int, count: int, top_k: int, biased: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(tokens)
@@ -86,9 +94,9 @@ def test_experts_of_any_logits_are_distinct_and_in_range(biased: bool) -> None:
         torch.nan,
         -torch.nan,
     )
-    wild[4, 1] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # all bits set
-    bias = torch.zeros(5) if biased else None
-    weights, experts, _ = route(wild, bias, 5, EPS)
+    bias = torch.zeros(5)
+    bias[2] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # NaN with all bits set
+    weights, experts, _ = route(wild, bias if biased else None, 5, EPS)
     assert experts.sort(dim=1).values.tolist() == [[0, 1, 2, 3, 4]] * 6
     assert torch.isfinite(weights[5]).all()
 
