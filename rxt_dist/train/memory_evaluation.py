@@ -22,7 +22,6 @@ from rxt_dist.config import RunConfig, SpecialTokens, StageConfig
 from rxt_dist.data.conversations import Conversations, first_conversations
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch, read_interactions
 from rxt_dist.data.order import Int64Array
-from rxt_dist.model.heads import CROSS_ENTROPY_CHUNK
 from rxt_dist.parallel.bootstrap import World
 from rxt_dist.parallel.collectives import sum_over_ranks
 from rxt_dist.parallel.experts import uneven_passes
@@ -36,6 +35,8 @@ MEMORIES = ("true", "fresh", "foreign")
 MAX_DISTANCE = 32
 """Recall is reported by distance up to this; farther ones are counted with it."""
 
+_SCORED_ROWS = 4096
+"""Rows whose logits, in fp32, live at once."""
 _LOSS, _CORRECT, _COUNT = range(3)
 
 
@@ -219,8 +220,8 @@ def _score(
     hits, marked = torch.zeros(2, MAX_DISTANCE + 1, dtype=torch.float64, device=hidden.device)
     rows = hidden.index_select(0, at.next_index)
     columns = (rows, at.next_targets, at.target_marks)
-    for start in range(0, rows.shape[0], CROSS_ENTROPY_CHUNK):
-        row, target, mark = (column[start : start + CROSS_ENTROPY_CHUNK] for column in columns)
+    for start in range(0, rows.shape[0], _SCORED_ROWS):
+        row, target, mark = (column[start : start + _SCORED_ROWS] for column in columns)
         logits = head(row).float()
         correct = (logits.argmax(dim=-1) == target).double()
         sums[_LOSS] += F.cross_entropy(logits, target, reduction="sum").double()

@@ -8,6 +8,10 @@ import torch.nn.functional as F
 
 from rxt_dist.kernels.compilation import set_compile
 from rxt_dist.kernels.cross_entropy import linear_cross_entropy
+from rxt_dist.kernels.triton_support import HAS_TRITON
+
+if HAS_TRITON:
+    from rxt_dist.kernels import cross_entropy_triton
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,3 +106,31 @@ def test_no_rows() -> None:
     loss, correct, *gradients = run(inputs, targets, 256)
     assert (loss, correct) == (0, 0)
     assert not any(x.any() for x in gradients)
+
+
+def test_rows_in_parts() -> None:
+    """Of a vocabulary that three ranks divide."""
+    torch.manual_seed(0)
+    rows, parts = 300, (range(10_000), range(10_000, 19_999), range(19_999, 20_000))
+    logits = (4.0 * torch.randn(rows, 20_000, device=CUDA)).bfloat16()
+    targets = torch.randint(20_000, (rows,), device=CUDA)
+    targets[::2] = logits.argmax(1)[::2]
+    targets[7] = 19_999
+    exact = logits.float().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    expected.sum().backward()
+    own = [logits[:, part.start : part.stop].contiguous() for part in parts]
+    numbers = torch.empty(3, 4, 2 * rows, device=CUDA)
+    for part, one, out in zip(parts, own, numbers, strict=True):
+        cross_entropy_triton.score_parts(one, targets, part.start, out[:, rows:])
+    normalisers, wanted, best, hits = numbers[:, :, rows:].unbind(1)
+    normaliser = normalisers.logsumexp(0)
+    torch.testing.assert_close(normaliser - wanted.sum(0), expected.detach(), rtol=1e-5, atol=1e-5)
+    # Of ranks with equal logits the first one counts.
+    hit = hits.gather(0, (best == best.max(0).values).int().argmax(0, keepdim=True)).squeeze(0)
+    first = (logits == logits.max(1, keepdim=True).values).int().argmax(1)
+    assert torch.equal(hit == 1, first == targets)
+    for part, one in zip(parts, own, strict=True):
+        cross_entropy_triton.put_gradient_of_part(one, targets, part.start, normaliser)
+        gradient = exact.grad[:, part.start : part.stop]
+        torch.testing.assert_close(one.float(), gradient, rtol=2.0**-7, atol=1e-7)

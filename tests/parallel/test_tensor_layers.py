@@ -245,6 +245,8 @@ def heads(folder: Path, size: int, interpreted: bool) -> None:
 # Of 6 ranks the last one holds padding only.
 @pytest.mark.parametrize(("size", "interpreted"), [(3, False), (4, False), (6, False), (6, True)])
 def test_cross_entropy_over_a_divided_vocabulary(tmp_path: Path, size: int, interpreted: bool) -> None:
+    if interpreted and torch.cuda.is_available():
+        pytest.skip("Triton is imported for the GPU, not for its interpreter")
     assert run_function(size, heads, tmp_path, size, interpreted) == [0] * size
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
     count = -(-VOCABULARY // size)
