@@ -258,10 +258,8 @@ if HAS_TRITON:
             # As a column: else every thread would load the numbers of all its queries.
             top = tl.max(tl.load(at + rows[:, None], mask=inside[:, None], other=float("inf")), 1)
             grad_query = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
-            bound = tl.full([BLOCK_Q], 0, tl.int32) + len_k
             all_see, seen = len_k, len_k
             if CAUSAL:
-                bound = tl.minimum(len_k - len_q + 1 + first + rows, len_k)
                 all_see = len_k - len_q + 1 + first
                 seen = tl.minimum(all_see + BLOCK_Q - 1, len_k)
             for c in tl.static_range(CHUNKS):
@@ -271,7 +269,11 @@ if HAS_TRITON:
                     grad_share = tl.dot(v_tiles[c], tl.trans(grad_out))
                     share = tl.exp2(scores * scale_log2 - top[None, :])
                     if (c + 1) * BLOCK_K > all_see:
-                        share = tl.where((c * BLOCK_K + keys)[:, None] < bound[None, :], share, 0.0)
+                        if CAUSAL:
+                            visible = (c * BLOCK_K - all_see + keys)[:, None] < rows[None, :]
+                        else:
+                            visible = (c * BLOCK_K + keys < len_k)[:, None]
+                        share = tl.where(visible, share, 0.0)
                     grad_v_tile = tl.dot(share.to(query.dtype), grad_out, grad_v_tiles[c])
                     grad_scores = (share * (grad_share - delta[None, :])).to(query.dtype)
                     grad_k_tile = tl.dot(grad_scores, query, grad_k_tiles[c])
