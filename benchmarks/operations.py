@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rxt_dist.errors import ConfigError
 from rxt_dist.kernels.activation import activate, activate_rows
 from rxt_dist.kernels.attention import AttentionLayout, attention, set_attention_backend
+from rxt_dist.kernels.attention_triton import longest_keys
 from rxt_dist.kernels.combine import combine_rows
 from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.kernels.grouped_gemm import grouped_linear
@@ -83,6 +84,8 @@ def operations(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterat
     """Name and maker of every operation; attention once a backend that ``device`` and ``dtype`` allow."""
     for width in sizes.head_widths:
         for backend in usable_backends(device, dtype):
+            if backend == "triton" and max(sizes.seq_len, sizes.slots) > longest_keys(width):
+                continue  # it would leave them to another backend
             for kind in ("self", "causal", "cross"):
                 name = f"attention {kind} {backend} d={width}"
                 yield name, _attention(sizes, device, dtype, backend, kind, width)

@@ -13,7 +13,6 @@ Shape legend: Nq query rows, Nk key/value rows, Hq query heads, Hk key/value hea
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -28,9 +27,11 @@ _WIDTHS = (16, 32, 64, 128)
 _ALIGNED = 8  # elements of 16 bits in the 16 bytes that one load can move
 _MOST_KEY_NUMBERS = 4096  # of a group's keys: d for each; their gradients stay in the registers of a program
 _FORWARD_TILE = (64, 64)  # queries, keys
-_BACKWARD_TILE = (32, 64)
+_BACKWARD_TILE = (64, 64)
 _WARPS = 4  # of a program
-_MOST_SPLITS = 4  # programs that share the queries of a group in the forward pass
+# Scale and strides are constants of the kernels: compiled code passes other floating-point numbers in fp64.
+# 1.4426950408889634 is the logarithm of e to base 2.
+_MOST_SPLITS = 2  # programs that share the queries of a group in the forward pass
 
 
 def longest_keys(width: int) -> int:
@@ -109,7 +110,8 @@ class _ShortAttention(torch.autograd.Function):
         level = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
         grid = (splits * heads * (cu_q.shape[0] - 1),)
         _forward[grid](
-            q, k, v, out, level, cu_q, cu_k, scale / math.log(2), rows, q.stride(0), k.stride(0), v.stride(0),
+            q, k, v, out, level, cu_q, cu_k, rows, SCALE=scale,
+            STRIDE_Q=q.stride(0), STRIDE_K=k.stride(0), STRIDE_V=v.stride(0),
             HEADS=heads, SHARED=heads // k.shape[1], WIDTH=width, CAUSAL=causal, SPLITS=splits,
             BLOCK_Q=_FORWARD_TILE[0], BLOCK_K=_FORWARD_TILE[1], num_warps=_WARPS, num_stages=2,
         )  # fmt: skip
@@ -127,8 +129,8 @@ class _ShortAttention(torch.autograd.Function):
         grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         grid = (kv_heads * (cu_q.shape[0] - 1),)
         _backward[grid](
-            q, k, v, out, grads[0].contiguous(), level, grad_q, grad_k, grad_v, cu_q, cu_k, ctx.scale,
-            ctx.scale / math.log(2), rows, q.stride(0), k.stride(0), v.stride(0),
+            q, k, v, out, grads[0].contiguous(), level, grad_q, grad_k, grad_v, cu_q, cu_k, rows, SCALE=ctx.scale,
+            STRIDE_Q=q.stride(0), STRIDE_K=k.stride(0), STRIDE_V=v.stride(0),
             HEADS=heads, SHARED=heads // kv_heads, WIDTH=width, CAUSAL=ctx.causal, CHUNKS=ctx.chunks,
             BLOCK_Q=_BACKWARD_TILE[0], BLOCK_K=_BACKWARD_TILE[1], num_warps=_WARPS, num_stages=1,
         )  # fmt: skip
@@ -146,7 +148,8 @@ if HAS_TRITON:
 
     @triton.jit
     def _forward(
-        q, k, v, out, level, cu_q, cu_k, scale_log2, rows_q, stride_q, stride_k, stride_v,
+        q, k, v, out, level, cu_q, cu_k, rows_q, SCALE: tl.constexpr,
+        STRIDE_Q: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr,
         HEADS: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
         SPLITS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
@@ -155,9 +158,6 @@ if HAS_TRITON:
         ``level`` [HEADS, rows_q]: the logarithm to base 2 of the sum of 2^score over the keys that a query
         sees; infinite where it sees none, which makes its probabilities 0 in the backward pass.
         """
-        stride_q, stride_k, stride_v = (
-            tl.multiple_of(stride_q, 8), tl.multiple_of(stride_k, 8), tl.multiple_of(stride_v, 8)
-        )  # fmt: skip
         split = tl.program_id(0) % SPLITS
         head = tl.program_id(0) // SPLITS % HEADS
         group = tl.program_id(0) // (SPLITS * HEADS)
@@ -175,7 +175,7 @@ if HAS_TRITON:
         columns = tl.arange(0, WIDTH)
         for first in range(split * BLOCK_Q, len_q, SPLITS * BLOCK_Q):
             inside = first + rows < len_q
-            query = _tile(q, start_q + first, stride_q, rows, inside, WIDTH)
+            query = _tile(q, start_q + first, STRIDE_Q, rows, inside, WIDTH)
             most = tl.full([BLOCK_Q], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_Q], tl.float32)
             mixed = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
@@ -188,25 +188,25 @@ if HAS_TRITON:
             # Tiles of keys that every query of the tile sees need no mask.
             clear = tl.maximum(tl.minimum(all_see, len_k), 0) // BLOCK_K * BLOCK_K
             for chunk in tl.range(0, clear, BLOCK_K):
-                key = _tile(k, start_k + chunk, stride_k, keys, keys >= 0, WIDTH)
-                value = _tile(v, start_k + chunk, stride_v, keys, keys >= 0, WIDTH)
+                key = _tile(k, start_k + chunk, STRIDE_K, keys, keys >= 0, WIDTH)
+                value = _tile(v, start_k + chunk, STRIDE_V, keys, keys >= 0, WIDTH)
                 scores = tl.dot(query, tl.trans(key))
                 before = most
-                most = tl.maximum(before, tl.max(scores, 1) * scale_log2)
-                share = tl.exp2(scores * scale_log2 - most[:, None])
+                most = tl.maximum(before, tl.max(scores, 1) * (SCALE * 1.4426950408889634))
+                share = tl.exp2(scores * (SCALE * 1.4426950408889634) - most[:, None])
                 shrink = tl.exp2(before - most)
                 total = total * shrink + tl.sum(share, 1)
                 mixed = tl.dot(share.to(value.dtype), value, mixed * shrink[:, None])
             for chunk in tl.range(clear, seen, BLOCK_K, num_stages=1):
                 exists = chunk + keys < len_k
-                key = _tile(k, start_k + chunk, stride_k, keys, exists, WIDTH)
-                value = _tile(v, start_k + chunk, stride_v, keys, exists, WIDTH)
+                key = _tile(k, start_k + chunk, STRIDE_K, keys, exists, WIDTH)
+                value = _tile(v, start_k + chunk, STRIDE_V, keys, exists, WIDTH)
                 scores = tl.dot(query, tl.trans(key))
                 scores = tl.where((chunk + keys)[None, :] < bound[:, None], scores, float("-inf"))
                 before = most
-                most = tl.maximum(before, tl.max(scores, 1) * scale_log2)
+                most = tl.maximum(before, tl.max(scores, 1) * (SCALE * 1.4426950408889634))
                 shift = tl.where(most == float("-inf"), 0.0, most)
-                share = tl.exp2(scores * scale_log2 - shift[:, None])
+                share = tl.exp2(scores * (SCALE * 1.4426950408889634) - shift[:, None])
                 shrink = tl.exp2(before - shift)
                 total = total * shrink + tl.sum(share, 1)
                 mixed = tl.dot(share.to(value.dtype), value, mixed * shrink[:, None])
@@ -220,15 +220,12 @@ if HAS_TRITON:
 
     @triton.jit
     def _backward(
-        q, k, v, out, grad, level, grad_q, grad_k, grad_v, cu_q, cu_k, scale, scale_log2, rows_q,
-        stride_q, stride_k, stride_v,
+        q, k, v, out, grad, level, grad_q, grad_k, grad_v, cu_q, cu_k, rows_q, SCALE: tl.constexpr,
+        STRIDE_Q: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr,
         HEADS: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
         CHUNKS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
         """All of a group for a key/value head and the SHARED query heads that read it."""
-        stride_q, stride_k, stride_v = (
-            tl.multiple_of(stride_q, 8), tl.multiple_of(stride_k, 8), tl.multiple_of(stride_v, 8)
-        )  # fmt: skip
         KV_HEADS: tl.constexpr = HEADS // SHARED
         kv_head = tl.program_id(0) % KV_HEADS
         group = tl.program_id(0) // KV_HEADS
@@ -242,15 +239,15 @@ if HAS_TRITON:
         k_tiles, v_tiles, grad_k_tiles, grad_v_tiles = (), (), (), ()
         for c in tl.static_range(CHUNKS):
             exists = c * BLOCK_K + keys < len_k
-            k_tiles += (_tile(k + kv_head * WIDTH, start_k + c * BLOCK_K, stride_k, keys, exists, WIDTH),)
-            v_tiles += (_tile(v + kv_head * WIDTH, start_k + c * BLOCK_K, stride_v, keys, exists, WIDTH),)
+            k_tiles += (_tile(k + kv_head * WIDTH, start_k + c * BLOCK_K, STRIDE_K, keys, exists, WIDTH),)
+            v_tiles += (_tile(v + kv_head * WIDTH, start_k + c * BLOCK_K, STRIDE_V, keys, exists, WIDTH),)
             grad_k_tiles += (tl.zeros([BLOCK_K, WIDTH], tl.float32),)
             grad_v_tiles += (tl.zeros([BLOCK_K, WIDTH], tl.float32),)
         for step in tl.range(0, tl.cdiv(len_q, BLOCK_Q) * SHARED, num_stages=1):
             head = kv_head * SHARED + step % SHARED
             first = step // SHARED * BLOCK_Q
             inside = first + rows < len_q
-            query = _tile(q + head * WIDTH, start_q + first, stride_q, rows, inside, WIDTH)
+            query = _tile(q + head * WIDTH, start_q + first, STRIDE_Q, rows, inside, WIDTH)
             grad_out = _tile(grad + head * WIDTH, start_q + first, HEADS * WIDTH, rows, inside, WIDTH)
             mixed = _tile(out + head * WIDTH, start_q + first, HEADS * WIDTH, rows, inside, WIDTH)
             delta = tl.sum(grad_out.to(tl.float32) * mixed.to(tl.float32), 1)
@@ -258,10 +255,8 @@ if HAS_TRITON:
             # As a column: else every thread would load the numbers of all its queries.
             top = tl.max(tl.load(at + rows[:, None], mask=inside[:, None], other=float("inf")), 1)
             grad_query = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
-            bound = tl.full([BLOCK_Q], 0, tl.int32) + len_k
             all_see, seen = len_k, len_k
             if CAUSAL:
-                bound = tl.minimum(len_k - len_q + 1 + first + rows, len_k)
                 all_see = len_k - len_q + 1 + first
                 seen = tl.minimum(all_see + BLOCK_Q - 1, len_k)
             for c in tl.static_range(CHUNKS):
@@ -269,9 +264,13 @@ if HAS_TRITON:
                 for _ in tl.range(c * BLOCK_K, tl.minimum(seen, c * BLOCK_K + 1), num_stages=1):
                     scores = tl.dot(k_tiles[c], tl.trans(query))
                     grad_share = tl.dot(v_tiles[c], tl.trans(grad_out))
-                    share = tl.exp2(scores * scale_log2 - top[None, :])
+                    share = tl.exp2(scores * (SCALE * 1.4426950408889634) - top[None, :])
                     if (c + 1) * BLOCK_K > all_see:
-                        share = tl.where((c * BLOCK_K + keys)[:, None] < bound[None, :], share, 0.0)
+                        if CAUSAL:
+                            visible = (c * BLOCK_K - all_see + keys)[:, None] < rows[None, :]
+                        else:
+                            visible = (c * BLOCK_K + keys < len_k)[:, None]
+                        share = tl.where(visible, share, 0.0)
                     grad_v_tile = tl.dot(share.to(query.dtype), grad_out, grad_v_tiles[c])
                     grad_scores = (share * (grad_share - delta[None, :])).to(query.dtype)
                     grad_k_tile = tl.dot(grad_scores, query, grad_k_tiles[c])
@@ -280,11 +279,11 @@ if HAS_TRITON:
                     grad_v_tiles = grad_v_tiles[:c] + (grad_v_tile,) + grad_v_tiles[c + 1 :]
             at = (start_q + first).to(tl.int64) * (HEADS * WIDTH) + head * WIDTH
             here = rows[:, None] * (HEADS * WIDTH) + columns[None, :]
-            tl.store(grad_q + at + here, (grad_query * scale).to(query.dtype), mask=inside[:, None])
+            tl.store(grad_q + at + here, (grad_query * SCALE).to(query.dtype), mask=inside[:, None])
         for c in tl.static_range(CHUNKS):
             exists = c * BLOCK_K + keys < len_k
             at = (start_k + c * BLOCK_K).to(tl.int64) * (KV_HEADS * WIDTH) + kv_head * WIDTH
             here = keys[:, None] * (KV_HEADS * WIDTH) + columns[None, :]
             dtype = grad_k.dtype.element_ty
-            tl.store(grad_k + at + here, (grad_k_tiles[c] * scale).to(dtype), mask=exists[:, None])
+            tl.store(grad_k + at + here, (grad_k_tiles[c] * SCALE).to(dtype), mask=exists[:, None])
             tl.store(grad_v + at + here, grad_v_tiles[c].to(dtype), mask=exists[:, None])
