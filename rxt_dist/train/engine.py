@@ -27,6 +27,7 @@ from rxt_dist.train.shards import owned_shards, part_of_rank
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ALIGNED_ELEMENTS = 8  # 16 bytes of bf16
+_SETTLED = 3  # steps after which everything is compiled that a stage runs
 
 
 class StageEngine:
@@ -61,6 +62,7 @@ class StageEngine:
         trainable = [parameter for group in groups.values() for parameter in group]
         where = placement(model)
         experts = tag_parameters(model)
+        self._steps = 0
         self._is_first, self._first_held = where.rank == 0, first_holders(model)
         # Tensor-parallel ranks have the same optimizer state of what is a copy on all of them.
         self._saves_copies = where.mesh.coordinates(where.rank).tp == 0
@@ -146,6 +148,12 @@ class StageEngine:
         """What follows an update: experts that train are balanced by the loads of the step. Collective."""
         if self.module.trains("decoder"):
             self._balance.end_step()
+        self._steps += 1
+        if self._steps == _SETTLED:
+            # Collections look at all that was imported, built and compiled, if it is not left out: the host
+            # stands still for a third of a second, and every other rank waits for it.
+            gc.collect()
+            gc.freeze()
 
     def gradient_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""
@@ -198,6 +206,7 @@ class StageEngine:
 
     def close(self) -> None:
         """Release the engine's memory and hooks."""
+        gc.unfreeze()
         self.engine.destroy()
         if self._cuts_weights:
             drop_weights(self.module)
