@@ -129,8 +129,8 @@ class _ShortAttention(torch.autograd.Function):
         grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         grid = (kv_heads * (cu_q.shape[0] - 1),)
         _backward[grid](
-            q, k, v, out, grads[0].contiguous(), level, grad_q, grad_k, grad_v, cu_q, cu_k, rows, SCALE=ctx.scale,
-            STRIDE_Q=q.stride(0), STRIDE_K=k.stride(0), STRIDE_V=v.stride(0),
+            q, k, v, out, grads[0].contiguous(), level, grad_q, grad_k, grad_v, cu_q, cu_k, rows,
+            SCALE=ctx.scale, STRIDE_Q=q.stride(0), STRIDE_K=k.stride(0), STRIDE_V=v.stride(0),
             HEADS=heads, SHARED=heads // kv_heads, WIDTH=width, CAUSAL=ctx.causal, CHUNKS=ctx.chunks,
             BLOCK_Q=_BACKWARD_TILE[0], BLOCK_K=_BACKWARD_TILE[1], num_warps=_WARPS, num_stages=1,
         )  # fmt: skip

@@ -291,7 +291,9 @@ class _Counter:
             rows = tokens * moe.num_shared_experts
             routed |= self.feed_forward(rows, hidden, gated=gated, x=x, trained=trained)
         if moe.num_shared_experts > 1:
-            self.product(tokens, width, moe.num_shared_experts, x, trained)
+            shares = self.product(tokens, width, moe.num_shared_experts, x, trained)
+            if moe.shared_bias == "local":
+                self.product(tokens, moe.num_shared_experts, width, shares, trained)
         return routed
 
     def _stacked(
