@@ -47,7 +47,7 @@ def case_of(
 
 def test_what_is_compared() -> None:
     heads = [f"attention {kind} sdpa d={d}" for d in (16, 32) for kind in ("self", "causal", "cross")]
-    experts = ("swiglu of experts", "combine", "grouped_linear", "route and permute")
+    experts = ("repeat", "swiglu of experts", "combine", "grouped_linear", "route and permute")
     assert [*heads, "rms_norm", "rope", "swiglu", *experts, "linear_cross_entropy", "embedding"] == NAMES
 
 
