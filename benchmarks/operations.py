@@ -92,6 +92,7 @@ def operations(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterat
     yield "rms_norm", lambda: _rms_norm(sizes, device)
     yield "rope", lambda: _rope(sizes, device)
     yield "swiglu", lambda: _swiglu(sizes, device)
+    yield "repeat", lambda: _repeat(sizes, device)
     yield "swiglu of experts", lambda: _expert_swiglu(sizes, device)
     yield "combine", lambda: _combine(sizes, device)
     yield "grouped_linear", lambda: _grouped_linear(sizes, device)
@@ -208,6 +209,20 @@ def _order(sizes: Sizes, device: torch.device) -> ExpertOrder:
     scores = torch.rand(sizes.tokens, sizes.experts, device=device)
     scores[:, 0] = -1
     return ExpertOrder.of(scores.topk(sizes.top_k).indices, sizes.experts)
+
+
+def _repeat(sizes: Sizes, device: torch.device) -> Case:
+    order = _order(sizes, device)
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        return repeat_permuted(x, order.order, order.inverse, sizes.top_k)
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(sizes.top_k, 0)[order.order]
+
+    x = _random(sizes.tokens, sizes.width, device=device)
+    moved = x.numel() * (1 + sizes.top_k)
+    return Case([x], ours, exact, constant_bytes=order.order.numel() * 8, moved=(moved, moved))
 
 
 def _expert_swiglu(sizes: Sizes, device: torch.device) -> Case:

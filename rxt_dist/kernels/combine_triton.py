@@ -92,7 +92,7 @@ def _combine_forward(
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
     for copy in tl.static_range(COPIES):
         slot = token * COPIES + copy
-        row = tl.load(inverse + slot, mask=known, other=0)
+        row = tl.load(inverse + slot, mask=known, other=0).to(tl.int64)
         part = tl.load(rows + (row[:, None] * WIDTH + column[None, :]), mask=real, other=0.0).to(tl.float32)
         if bias is not None:
             expert = tl.load(expert_of_row + row, mask=known, other=0).to(tl.int32)
@@ -126,7 +126,7 @@ def _combine_backward(
     start = block.to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     known = row < count - start
-    slot = tl.load(order + start + row, mask=known, other=0)
+    slot = tl.load(order + start + row, mask=known, other=0).to(tl.int64)
     source = (slot // COPIES) * WIDTH
     if weights is not None:
         weight = tl.load(weights + slot, mask=known, other=0.0)
@@ -135,7 +135,7 @@ def _combine_backward(
         first = tl.load(expert_of_row + start).to(tl.int32)
         last = tl.load(expert_of_row + tl.minimum(start + ROWS, count) - 1).to(tl.int32)
     product = tl.zeros([ROWS], tl.float32)
-    for at in tl.static_range(0, WIDTH, COLUMNS):
+    for at in range(0, WIDTH, COLUMNS):
         column = at + tl.arange(0, COLUMNS)
         wanted = column < WIDTH
         real = known[:, None] & wanted[None, :]
