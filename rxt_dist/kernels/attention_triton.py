@@ -64,8 +64,8 @@ def short_attention(
     if scale <= 0:  # the kernels take the largest product for the largest score
         q, scale = q * scale, 1.0
     inputs = (_loadable(x) for x in (q, k, v))
-    other_k = None if cu_k is cu_q else cu_k  # the compiler takes no tensor twice
-    out: torch.Tensor = _ShortAttention.apply(*inputs, cu_q, other_k, causal, scale)  # type: ignore[no-untyped-call]
+    boundaries = (cu_q,) if cu_k is cu_q else (cu_q, cu_k)  # the compiler takes no tensor twice
+    out: torch.Tensor = _ShortAttention.apply(*inputs, causal, scale, *boundaries)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -82,12 +82,11 @@ class _ShortAttention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cu_q: torch.Tensor,
-        other_k: torch.Tensor | None,
         causal: bool,
         scale: float,
+        *boundaries: torch.Tensor,
     ) -> torch.Tensor:
-        cu_k = cu_q if other_k is None else other_k
+        cu_q, cu_k = boundaries[0], boundaries[-1]
         rows, heads, width = q.shape
         out = torch.empty((rows, heads, width), dtype=q.dtype, device=q.device)
         level = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
@@ -97,14 +96,14 @@ class _ShortAttention(torch.autograd.Function):
             HEADS=heads, SHARED=heads // k.shape[1], WIDTH=width, CAUSAL=causal, SPLITS=_SPLITS,
             BLOCK_Q=_FORWARD_TILE[0], BLOCK_K=_FORWARD_TILE[1], num_warps=_WARPS, num_stages=2,
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, level, cu_q, other_k)
+        ctx.save_for_backward(q, k, v, out, level, *boundaries)
         ctx.causal, ctx.scale = causal, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, level, cu_q, other_k = ctx.saved_tensors
-        cu_k = cu_q if other_k is None else other_k
+        q, k, v, out, level, *boundaries = ctx.saved_tensors
+        cu_q, cu_k = boundaries[0], boundaries[-1]
         rows, heads, width = q.shape
         kv_heads = k.shape[1]
         grad_q = torch.empty((rows, heads, width), dtype=q.dtype, device=q.device)
@@ -117,7 +116,7 @@ class _ShortAttention(torch.autograd.Function):
             HEADS=heads, SHARED=heads // kv_heads, WIDTH=width, CAUSAL=ctx.causal, CHUNKS=chunks,
             BLOCK_Q=_BACKWARD_TILE[0], BLOCK_K=_BACKWARD_TILE[1], num_warps=_WARPS, num_stages=1,
         )  # fmt: skip
-        return grad_q, grad_k, grad_v, None, None, None, None
+        return grad_q, grad_k, grad_v, None, None, *(None for _ in boundaries)
 
 
 if HAS_TRITON:
