@@ -325,8 +325,7 @@ def _short_or(long: _Backend) -> _Backend:
     ) -> torch.Tensor:
         if layout.max_k > longest_keys(q.shape[2]) or not uses_triton(q):
             return long(q, k, v, layout, causal, scale)
-        longest = (layout.max_q, layout.max_k)
-        return short_attention(q, k, v, layout.cu_q, layout.cu_k, longest, causal=causal, scale=scale)
+        return short_attention(q, k, v, layout.cu_q, layout.cu_k, causal=causal, scale=scale)
 
     return run
 

@@ -31,7 +31,7 @@ _BACKWARD_TILE = (64, 64)
 _WARPS = 4  # of a program
 # Scale and strides are constants of the kernels: compiled code passes other floating-point numbers in fp64.
 # 1.4426950408889634 is the logarithm of e to base 2.
-_MOST_SPLITS = 2  # programs that share the queries of a group in the forward pass
+_SPLITS = 2  # programs that share the queries of a group in the forward pass
 
 
 def longest_keys(width: int) -> int:
@@ -45,18 +45,17 @@ def short_attention(
     v: torch.Tensor,
     cu_q: torch.Tensor,
     cu_k: torch.Tensor,
-    longest: tuple[int, int],
     *,
     causal: bool,
     scale: float,
 ) -> torch.Tensor:
     """Softmax attention inside groups of few keys and any number of queries.
 
+    Nothing here depends on how long the groups are, so that compiled code is made once.
+
     Args:
         q: [Nq, Hq, d]; k, v: [Nk, Hk, d], Hk divides Hq; all of one dtype, at least one row each.
-        cu_q, cu_k: int32 [B+1], boundaries of the groups.
-        longest: rows of the longest query group and of the longest key group, which is
-            ``longest_keys(d)`` at most.
+        cu_q, cu_k: int32 [B+1], boundaries of the groups, which have ``longest_keys(d)`` keys at most.
         causal: the last query of a group sees all its keys, each earlier one a key fewer.
 
     Returns:
@@ -65,23 +64,10 @@ def short_attention(
     """
     if scale <= 0:  # the kernels take the largest product for the largest score
         q, scale = q * scale, 1.0
-    splits = _tiles(longest[0], _FORWARD_TILE[0], _MOST_SPLITS)
-    chunks = _tiles(longest[1], _BACKWARD_TILE[1], max(1, longest_keys(q.shape[2]) // _BACKWARD_TILE[1]))
     inputs = (_loadable(x) for x in (q, k, v))
-    other_k = None if cu_k is cu_q else cu_k  # the compiler takes no tensor twice
-    out: torch.Tensor = _ShortAttention.apply(*inputs, cu_q, other_k, causal, scale, splits, chunks)  # type: ignore[no-untyped-call]
+    boundaries = (cu_q,) if cu_k is cu_q else (cu_q, cu_k)  # the compiler takes no tensor twice
+    out: torch.Tensor = _ShortAttention.apply(*inputs, causal, scale, *boundaries)  # type: ignore[no-untyped-call]
     return out
-
-
-def _tiles(rows: int, tile: int, most: int) -> int:
-    """A power of two of tiles, in which ``rows`` rows fit unless that takes more than ``most``.
-
-    Compared, not computed: compiled code is made anew for another result, not for another length.
-    """
-    count = 1
-    while count < most and count * tile < rows:
-        count *= 2
-    return count
 
 
 def _loadable(x: torch.Tensor) -> torch.Tensor:
@@ -97,44 +83,42 @@ class _ShortAttention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cu_q: torch.Tensor,
-        other_k: torch.Tensor | None,
         causal: bool,
         scale: float,
-        splits: int,
-        chunks: int,
+        *boundaries: torch.Tensor,
     ) -> torch.Tensor:
-        cu_k = cu_q if other_k is None else other_k
+        cu_q, cu_k = boundaries[0], boundaries[-1]
         rows, heads, width = q.shape
         out = torch.empty((rows, heads, width), dtype=q.dtype, device=q.device)
         level = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
-        grid = (splits * heads * (cu_q.shape[0] - 1),)
+        grid = (_SPLITS * heads * (cu_q.shape[0] - 1),)
         _forward[grid](
             q, k, v, out, level, cu_q, cu_k, rows, SCALE=scale,
             STRIDE_Q=q.stride(0), STRIDE_K=k.stride(0), STRIDE_V=v.stride(0),
-            HEADS=heads, SHARED=heads // k.shape[1], WIDTH=width, CAUSAL=causal, SPLITS=splits,
+            HEADS=heads, SHARED=heads // k.shape[1], WIDTH=width, CAUSAL=causal, SPLITS=_SPLITS,
             BLOCK_Q=_FORWARD_TILE[0], BLOCK_K=_FORWARD_TILE[1], num_warps=_WARPS, num_stages=2,
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, level, cu_q, other_k)
-        ctx.causal, ctx.scale, ctx.chunks = causal, scale, chunks
+        ctx.save_for_backward(q, k, v, out, level, *boundaries)
+        ctx.causal, ctx.scale = causal, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, level, cu_q, other_k = ctx.saved_tensors
-        cu_k = cu_q if other_k is None else other_k
+        q, k, v, out, level, *boundaries = ctx.saved_tensors
+        cu_q, cu_k = boundaries[0], boundaries[-1]
         rows, heads, width = q.shape
         kv_heads = k.shape[1]
         grad_q = torch.empty((rows, heads, width), dtype=q.dtype, device=q.device)
         grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+        chunks = max(1, longest_keys(width) // _BACKWARD_TILE[1])
         grid = (kv_heads * (cu_q.shape[0] - 1),)
         _backward[grid](
             q, k, v, out, grads[0].contiguous(), level, grad_q, grad_k, grad_v, cu_q, cu_k, rows,
             SCALE=ctx.scale, STRIDE_Q=q.stride(0), STRIDE_K=k.stride(0), STRIDE_V=v.stride(0),
-            HEADS=heads, SHARED=heads // kv_heads, WIDTH=width, CAUSAL=ctx.causal, CHUNKS=ctx.chunks,
+            HEADS=heads, SHARED=heads // kv_heads, WIDTH=width, CAUSAL=ctx.causal, CHUNKS=chunks,
             BLOCK_Q=_BACKWARD_TILE[0], BLOCK_K=_BACKWARD_TILE[1], num_warps=_WARPS, num_stages=1,
         )  # fmt: skip
-        return grad_q, grad_k, grad_v, None, None, None, None, None, None
+        return grad_q, grad_k, grad_v, None, None, *(None for _ in boundaries)
 
 
 if HAS_TRITON:
