@@ -4,7 +4,7 @@
     python benchmarks/host_time.py --stage 3 --without-deepspeed
     python benchmarks/host_time.py --config micro --set zero.stage=2
 
-A step trains on one sequence of 16 tokens. On a CPU the layers are as narrow as possible, and attention is
+A step trains on one sequence of 64 tokens. On a CPU the layers are as narrow as possible, and attention is
 an operator that is called as flash-attn's are and computes nothing: times are for ratios on one machine, and
 a GPU's launches come on top of them. On a GPU they are part of them: no step of the same layers is faster,
 however fast the kernels are.
@@ -32,7 +32,7 @@ from benchmarks.workload import datasets, read_config
 from rxt_dist.arguments import add_overrides
 from rxt_dist.errors import exit_with_message
 
-TOKENS = 16
+TOKENS = 64
 SHORT = (
     "precision=bf16",
     "runtime.compile=true",
