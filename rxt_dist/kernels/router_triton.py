@@ -16,6 +16,7 @@ import triton.language as tl
 
 _NUMBERS = 512  # of a warp
 _LOWEST = tl.constexpr(-(2**31))
+_LOW_BITS = tl.constexpr(2**13)  # what bf16 and fp16 leave 0 in fp32
 
 
 def route(
@@ -83,6 +84,21 @@ def _logits(logits, row, column, tokens, E: tl.constexpr):
 
 
 @triton.jit
+def _ordered(x):
+    """Integers in the order of fp32 ``x``; unlike these they are ordered, and equal themselves, if they are
+    NaN. None is near the lowest integer."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.maximum(tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), _LOWEST + _LOW_BITS)
+
+
+@triton.jit
+def _probabilities(logits, row, expert, real, largest, norm, E: tl.constexpr):
+    """Of the ``expert`` s [T, SLOTS] of each row; 0 where they are not ``real``."""
+    x = tl.load(logits + row[:, None].to(tl.int64) * E + expert, mask=real, other=0.0).to(tl.float32)
+    return tl.where(real, tl.exp(x - largest[:, None]) * norm[:, None], 0.0)
+
+
+@triton.jit
 def _choose(
     logits,
     selection_bias,
@@ -101,36 +117,39 @@ def _choose(
     column = tl.arange(0, COLUMNS)
     slot = tl.arange(0, SLOTS)
     x = _logits(logits, row, column, tokens, E)
-    x = tl.exp(x - tl.max(x, 1)[:, None])
-    probability = x / tl.sum(x, 1)[:, None]
-    score = probability
-    if selection_bias is not None:
-        score += tl.load(selection_bias + column, mask=column < E, other=0.0)[None, :]
-    # Integers in the order of the scores. Unlike these they are ordered and equal themselves if they are NaN.
-    key = score.to(tl.int32, bitcast=True)
-    key = tl.maximum(tl.where(key < 0, key ^ 0x7FFFFFFF, key), _LOWEST + 1)
+    largest = tl.max(x, 1)
+    powers = tl.exp(x - largest[:, None])
+    norm = 1.0 / tl.sum(powers, 1)
+    # Logits of 16 bits leave room in their fp32 for the column, and lie in the order of the probabilities.
+    packed: tl.constexpr = selection_bias is None and logits.dtype.element_ty.primitive_bitwidth == 16
+    if packed:
+        key = _ordered(x) & -_LOW_BITS | (COLUMNS - 1 - column)[None, :]
+    elif selection_bias is None:
+        key = _ordered(powers * norm[:, None])
+    else:
+        bias = tl.load(selection_bias + column, mask=column < E, other=0.0)
+        key = _ordered(powers * norm[:, None] + bias[None, :])
     key = tl.where((column < E)[None, :], key, _LOWEST)
 
-    top = tl.zeros([T, SLOTS], tl.float32)
     chosen = tl.zeros([T, SLOTS], tl.int32)
     for k in tl.static_range(K):
         best = tl.max(key, 1)
-        expert = tl.min(tl.where(key == best[:, None], column[None, :], COLUMNS), 1)
-        here = column[None, :] == expert[:, None]
-        key = tl.where(here, _LOWEST, key)
-        if selection_bias is None:
-            value = best.to(tl.float32, bitcast=True)
+        if packed:
+            expert = COLUMNS - 1 - (best & _LOW_BITS - 1)
+            key = tl.where(key == best[:, None], _LOWEST, key)
         else:
-            value = tl.sum(tl.where(here, probability, 0.0), 1)
-        top = tl.where((slot == k)[None, :], value[:, None], top)
+            expert = tl.min(tl.where(key == best[:, None], column[None, :], COLUMNS), 1)
+            key = tl.where(column[None, :] == expert[:, None], _LOWEST, key)
         chosen = tl.where((slot == k)[None, :], expert[:, None], chosen)
 
+    known = row < tokens
+    real = known[:, None] & (slot < K)[None, :]
+    top = _probabilities(logits, row, chosen, real, largest, norm, E)
     total = tl.sum(top, 1)
     place = row[:, None].to(tl.int64) * K + slot[None, :]
-    real = (row < tokens)[:, None] & (slot < K)[None, :]
     tl.store(weights + place, top / (total + EPS)[:, None], mask=real)
     tl.store(experts + place, chosen.to(tl.int64), mask=real)
-    tl.store(mass + row, total, mask=row < tokens)
+    tl.store(mass + row, total, mask=known)
 
 
 @triton.jit
@@ -163,8 +182,7 @@ def _choose_backward(
     place = first[:, None] + slot[None, :]
     real = known[:, None] & (slot < K)[None, :]
     expert = tl.load(experts + place, mask=real, other=0)
-    chosen = tl.load(logits + row[:, None].to(tl.int64) * E + expert, mask=real, other=0.0).to(tl.float32)
-    chosen = tl.where(real, tl.exp(chosen - largest[:, None]) * norm[:, None], 0.0)
+    chosen = _probabilities(logits, row, expert, real, largest, norm, E)
     slope = tl.load(grad_weights + place, mask=real, other=0.0)
     scale = 1.0 / (tl.sum(chosen, 1) + EPS)
     shift = tl.load(grad_mass + row, mask=known, other=0.0) - tl.sum(slope * chosen, 1) * scale * scale

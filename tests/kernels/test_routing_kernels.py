@@ -16,7 +16,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # the interpreter cuts
 
 pytestmark = [
     pytest.mark.usefixtures("interpreter"),
-    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),  # rows of NaN, in numpy
+    # Of numpy, about rows of NaN.
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:All-NaN:RuntimeWarning"),
 ]
 
 
@@ -84,21 +85,20 @@ def test_of_equal_scores_the_lowest_expert_comes_first() -> None:
     assert route(torch.zeros(1, 7), level, 6, EPS)[1].tolist() == [[3, 5, 0, 1, 2, 4]]
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_experts_of_any_logits_are_distinct_and_in_range(biased: bool) -> None:
-    wild = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
-    wild[0], wild[1, 3], wild[2], wild[3, 2], wild[4] = (
-        torch.nan,
-        torch.inf,
-        -torch.inf,
-        torch.nan,
-        -torch.nan,
-    )
-    bias = torch.zeros(5)
-    bias[2] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # NaN with all bits set
-    weights, experts, _ = route(wild, bias if biased else None, 5, EPS)
-    assert experts.sort(dim=1).values.tolist() == [[0, 1, 2, 3, 4]] * 6
-    assert torch.isfinite(weights[5]).all()
+@pytest.mark.parametrize(
+    ("biased", "dtype"),
+    [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16), (False, torch.float16)],
+)
+def test_experts_of_any_logits_are_distinct_and_in_range(biased: bool, dtype: torch.dtype) -> None:
+    wild = torch.randn(7, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wild[0], wild[1, 3], wild[2], wild[3, 2] = torch.nan, torch.inf, -torch.inf, torch.nan
+    all_bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    wild[4], wild[5, 7] = torch.tensor([-1, -1], dtype=all_bits).view(dtype)  # NaN too
+    bias = torch.zeros(8)
+    bias[2] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+    weights, experts, _ = route(wild, bias if biased else None, 8, EPS)
+    assert experts.sort(dim=1).values.tolist() == [list(range(8))] * 7
+    assert torch.isfinite(weights[6]).all()
 
 
 @pytest.mark.parametrize("biased", [False, True])
