@@ -36,6 +36,7 @@ import torch._functorch.config
 from benchmarks.devices import Rates, device_name, measured_rates, rated
 from benchmarks.operations import SMALL, Case, Sizes, Tensors, operations
 from rxt_dist.kernels import triton_support
+from rxt_dist.kernels.compilation import set_compile
 
 
 @dataclass(frozen=True)
@@ -186,12 +187,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = Sizes() if on_gpu else SMALL
     if arguments.tokens:
         sizes = dataclasses.replace(sizes, tokens=arguments.tokens)
+    if arguments.plain:
+        triton_support.HAS_TRITON = False
+    set_compile(arguments.compile)  # some backends of attention keep out of compiled code
     chosen = [item for item in operations(sizes, device, dtype) if arguments.only in item[0]]
     if not chosen:
         print(f"--only: found no operation with {arguments.only!r} in its name", file=sys.stderr)
         return 2
-    if arguments.plain:
-        triton_support.HAS_TRITON = False
     rates = rated(device)
     source = "the data sheet" if rates else "a measurement"
     rates = rates or measured_rates(device)

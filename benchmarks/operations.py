@@ -286,7 +286,9 @@ def _router(sizes: Sizes, device: torch.device) -> Case:
         top = logits.softmax(-1).topk(sizes.top_k).values
         return top / top.sum(-1, keepdim=True)
 
-    logits = _random(sizes.tokens, sizes.experts, device=device)
+    # Far enough from each other that no rounding changes who is chosen.
+    ranks = _random(sizes.tokens, sizes.experts, device=device).argsort(dim=-1)
+    logits = ranks.float() / 8
     # Weights and their gradient are fp32, the experts int64.
     chosen = 2 * sizes.tokens * sizes.top_k
     moved = logits.numel() + 3 * chosen, 2 * logits.numel() + 3 * chosen

@@ -88,12 +88,8 @@ class _CombineRows(torch.autograd.Function):
         rows = rows.contiguous()
         bias = None if bias is None else bias.contiguous()
         weights = None if weights is None else weights.contiguous()
-        ctx.biased, ctx.weighted = bias is not None, weights is not None
-        kept = [order, offsets, expert_of_row]
-        kept += [bias] if bias is not None else []
-        kept += [weights] if weights is not None else []
-        kept += [rows] if weights is not None and ctx.needs_input_grad[2] else []
-        ctx.save_for_backward(*kept)
+        kept = rows if weights is not None and ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(order, offsets, expert_of_row, bias, weights, kept)
         copies = 1 if weights is None else weights.shape[1]
         return combine_forward(rows, bias, weights, inverse, expert_of_row, copies)
 
@@ -101,10 +97,7 @@ class _CombineRows(torch.autograd.Function):
     def backward(
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, None, None, None, None]:
-        order, offsets, expert_of_row, *rest = ctx.saved_tensors
-        bias = rest.pop(0) if ctx.biased else None
-        weights = rest.pop(0) if ctx.weighted else None
-        rows = rest.pop(0) if ctx.weighted and ctx.needs_input_grad[2] else None
+        order, offsets, expert_of_row, bias, weights, rows = ctx.saved_tensors
         grad_rows, grad_weights, grad_bias = combine_backward(
             grads[0].contiguous(),
             rows,

@@ -307,8 +307,8 @@ def test_every_tensor_of_a_batch_is_pinned(sources, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_every_tensor_of_a_batch_is_in_page_locked_memory(sources):
     found = [tensor for batch in batches_of_every_kind(sources) for tensor in tensors_in(batch)]
-    assert len(found) > 50
-    assert all(tensor.is_pinned() for tensor in found)
+    assert all(tensor.is_pinned() for tensor in found if tensor.numel())
+    assert sum(tensor.numel() > 0 for tensor in found) > 50
 
 
 # --- evaluation -------------------------------------------------------------------------------------------
