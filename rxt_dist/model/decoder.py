@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -95,13 +95,12 @@ class Decoder(nn.Module):
             x, sums = layer(x, groups, rotation, cache=next(caches))
             found.append(sums)
         rows = None
+        states: Sequence[torch.Tensor | KeysValues | None] = [None] * len(self.layers)
         if memory is not None:
             rows = memory.up_to_position(layout) if self.causal_cross else memory.layout
-        for index, layer in enumerate(self.layers):
-            if memory is None:
-                x, sums = layer(x, groups, rotation, cache=next(caches))
-            else:
-                x, sums = layer(x, groups, rotation, memory.states[index], rows, cache=next(caches))
+            states = memory.of_layers()
+        for layer, state in zip(self.layers, states, strict=True):
+            x, sums = layer(x, groups, rotation, state, rows, cache=next(caches))
             found.append(sums)
         for layer in self.final_stateless_layers:
             x, sums = layer(x, groups, rotation, cache=next(caches))

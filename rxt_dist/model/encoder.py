@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from rxt_dist.config import ModelConfig
+from rxt_dist.model.cache import KeysValues
 from rxt_dist.model.feedforward import FeedForward
 from rxt_dist.model.heads import vocabulary
 from rxt_dist.model.layer import Layer
@@ -57,10 +60,11 @@ class Encoder(nn.Module):
             None if self.rope is None else self.rope.rotation(layout.positions, self.head_width, x.dtype)
         )
         outputs = []
-        for index, layer in enumerate(self.layers):
-            if memory is None:
-                x, _ = layer(x, layout.self_attention, rotation)
-            else:
-                x, _ = layer(x, layout.self_attention, rotation, memory.states[index], memory.layout)
+        states: Sequence[torch.Tensor | KeysValues | None] = [None] * len(self.layers)
+        rows = None
+        if memory is not None:
+            rows, states = memory.layout, memory.of_layers()
+        for layer, state in zip(self.layers, states, strict=True):
+            x, _ = layer(x, layout.self_attention, rotation, state, rows)
             outputs.append(x)
         return torch.stack(outputs)

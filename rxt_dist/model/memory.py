@@ -46,6 +46,13 @@ class Memory:
         """
         return cls(stm.flatten(1, 2), stm_groups(stm.shape[1], stm.shape[2], layout))
 
+    def of_layers(self) -> Sequence[torch.Tensor | KeysValues]:
+        """``states``, layer by layer.
+
+        All at once: taken one by one, the gradient of each layer would be as large as that of all of them.
+        """
+        return self.states.unbind(0) if isinstance(self.states, torch.Tensor) else self.states
+
     def up_to_position(self, layout: SequenceLayout) -> AttentionLayout:
         """Who reads what where the token at position t sees the rows 0 to t of its memory alone.
 

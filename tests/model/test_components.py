@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from model_samples import (
     perturb,
     random_tokens,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rxt_dist.config import ModelConfig
 from rxt_dist.model import Memory, RxTModel, SequenceLayout, build_model
@@ -103,6 +106,33 @@ def test_layer_i_reads_memory_i() -> None:
     model.decoder(tokens, layout, Memory.of_stm(stm, layout)).hidden[:3].sum().backward()
     assert stm.grad[:, 0].abs().amax(dim=(1, 2)).min() > 0
     assert not stm.grad[:, 1].any()  # lane 1 belongs to the second sequence
+
+
+class _Additions(TorchDispatchMode):
+    """Shapes of the tensors that are added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_):
+            self.shapes.append(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_gradient_of_a_memory_is_not_added_up_layer_by_layer() -> None:
+    model = built(model_config())
+    lengths = [3, 2]
+    layout = SequenceLayout.from_lengths(lengths)
+    states = torch.randn(len(model.decoder.layers), 5, model.config.embed_dim, requires_grad=True)
+    hidden = model.decoder(random_tokens(lengths), layout, Memory.of_sequence(states, layout)).hidden
+    with _Additions() as additions:
+        hidden.sum().backward()
+    assert additions.shapes
+    assert states.shape not in additions.shapes
+    assert states.grad is not None
+    assert all(gradient.any() for gradient in states.grad)
 
 
 def test_positions_matter_unless_rope_is_off() -> None:
