@@ -58,7 +58,7 @@ def test_every_field_is_described() -> None:
         ("`optimizer`", "betas", "list of 2: number (from 0, below 1) each", "`[0.9, 0.999]`"),
         ("`zero`", "overlap_comm", "`true` or `false`", "`true`"),
         ("`data`", "text", "path or URL or list of: section (at least 1) or `null`", "`null`"),
-        ("`runtime`", "attention_backend", "`auto`, `flash`, `varlen`, `sdpa`", "`auto`"),
+        ("`runtime`", "attention_backend", "`auto`, `triton`, `flash`, `varlen`, `sdpa`", "`auto`"),
     ],
 )
 def test_types_ranges_and_defaults_are_in_words(section: str, field: str, value: str, default: str) -> None:
