@@ -16,7 +16,7 @@ export DS_BUILD_OPS := 0
 
 # Prints "VERSION FOLDER" of a CUDA build of torch that this project can use, and nothing otherwise.
 FIND_CUDA_TORCH := import os, torch; \
-  usable = torch.version.cuda and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9); \
+  usable = torch.version.cuda and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11); \
   print(torch.__version__, os.path.dirname(os.path.dirname(torch.__file__))) if usable else None
 
 .PHONY: help setup demo test test-all lint bench clean
