@@ -1,4 +1,4 @@
-"""Triton kernels of attention in bf16 against fp32, eager and in a compiled region; needs a CUDA device."""
+"""Triton kernels of attention in bf16 against fp32 (compiled: test_layers_gpu.py); needs a CUDA device."""
 
 from __future__ import annotations
 
@@ -102,34 +102,6 @@ def test_against_fp32(case: tuple[Groups, tuple[int, int], int, bool]) -> None:
         assert torch.isfinite(ours).all()
         assert (ours.float() - right).abs().max() <= 0.015 * right.abs().max()
         assert torch.equal(ours, same)
-
-
-@pytest.mark.parametrize("name", ["causal", "stories", "memory", "shared keys", "fewer query heads"])
-def test_in_a_compiled_region(name: str) -> None:
-    groups, heads, width, causal = CASES[name]
-    torch._dynamo.reset()
-
-    def region(rows: torch.Tensor, keys: torch.Tensor, layout: AttentionLayout) -> torch.Tensor:
-        q = rows.view(rows.shape[0], heads[0], width) * 1.5
-        k, v = keys.view(keys.shape[0], 2 * heads[1], width).split(heads[1], dim=1)
-        return attention(q, k, v, layout, causal=causal).flatten(1) + 1.0
-
-    compiled = torch.compile(region, dynamic=True, fullgraph=True)
-    layouts = [layout_of(groups)]
-    layouts.append(layout_of((groups[0][1:], None if groups[1] is None else groups[1][1:])))
-    for layout in layouts:
-        torch.manual_seed(0)
-        inputs = [
-            torch.randn(int(cu[-1]), count * width, device=CUDA).bfloat16().requires_grad_()
-            for cu, count in ((layout.cu_q, heads[0]), (layout.cu_k, 2 * heads[1]))
-        ]
-        results = []
-        for function in (region, compiled):
-            out = function(*inputs, layout)
-            results.append([out, *torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(1) / 64)])
-        for eager, fast in zip(*results, strict=True):
-            assert torch.isfinite(fast).all()
-            assert (eager - fast).abs().max() <= 0.02 * eager.abs().max()
 
 
 def test_no_host_sync_and_no_copy_of_keys_and_values() -> None:
