@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._compile import _disable_dynamo
 
 from rxt_dist.kernels.compilation import compiled_kernel
 from rxt_dist.kernels.triton_support import HAS_TRITON, uses_triton
@@ -105,8 +106,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*scaled_gradients(hidden, parameters, grads[0], *ctx.kept), None, None, None)
 
 
-# torch.compile does not know products in another dtype than that of their factors.
-_apply = torch.compiler.disable(_LinearCrossEntropy.apply)  # type: ignore[no-untyped-call]
+# torch.compile does not know products in another dtype than that of their factors. torch.compiler.disable
+# would load the compiler here, which takes seconds, also in commands that compute nothing.
+@_disable_dynamo
+def _apply(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    found: tuple[torch.Tensor, torch.Tensor] = _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+    return found
 
 
 class ProjectionGradients:
