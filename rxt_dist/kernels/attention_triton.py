@@ -29,8 +29,6 @@ _MOST_KEY_NUMBERS = 4096  # of a group's keys: d for each; their gradients stay 
 _FORWARD_TILE = (64, 64)  # queries, keys
 _BACKWARD_TILE = (64, 64)
 _WARPS = 4  # of a program
-# Scale and strides are constants of the kernels: compiled code passes other floating-point numbers in fp64.
-# 1.4426950408889634 is the logarithm of e to base 2.
 _SPLITS = 2  # programs that share the queries of a group in the forward pass
 
 
@@ -76,6 +74,7 @@ def _loadable(x: torch.Tensor) -> torch.Tensor:
     return x if side_by_side and x.stride(0) % _ALIGNED == 0 else x.contiguous()
 
 
+# Scale and strides are constants of the kernels: compiled code passes other floating-point numbers in fp64.
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -121,6 +120,7 @@ class _ShortAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None, *(None for _ in boundaries)
 
 
+# In the kernels 1.4426950408889634 is the logarithm of e to base 2.
 if HAS_TRITON:
 
     @triton.jit
