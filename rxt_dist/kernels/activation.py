@@ -30,7 +30,7 @@ def activate(hidden: torch.Tensor, activation: Activation, gated: bool) -> torch
     """Gated: [..., 2F], first half value, second gate -> value * act(gate) [..., F]; else act(hidden)."""
     if uses_triton(hidden) and hidden.numel():
         rows = hidden.reshape(-1, hidden.shape[-1])
-        out = _fused(rows, None, None, None, activation, gated)
+        out = _fused(rows, None, None, activation, gated)
         return out.view(*hidden.shape[:-1], out.shape[-1])
     if not gated:
         return ACTIVATIONS[activation](hidden)
@@ -56,24 +56,21 @@ def activate_rows(
         [n, F]. The gradient of the bias adds up the rows of an expert in the same order every time; experts
         without rows get exact zeros.
     """
-    if bias is None:
-        return activate(hidden, activation, gated)
     if uses_triton(hidden) and hidden.shape[0]:
-        return _fused(hidden, bias, offsets, expert_of_row, activation, gated)
-    return activate(add_group_bias(hidden, bias, offsets, expert_of_row), activation, gated)
+        return _fused(hidden, bias, offsets, activation, gated)
+    if bias is not None:
+        hidden = add_group_bias(hidden, bias, offsets, expert_of_row)
+    return activate(hidden, activation, gated)
 
 
 def _fused(
     hidden: torch.Tensor,
     bias: torch.Tensor | None,
     offsets: torch.Tensor | None,
-    expert_of_row: torch.Tensor | None,
     activation: Activation,
     gated: bool,
 ) -> torch.Tensor:
-    out: torch.Tensor = _ActivateRows.apply(  # type: ignore[no-untyped-call]
-        hidden, bias, offsets, expert_of_row, activation, gated
-    )
+    out: torch.Tensor = _ActivateRows.apply(hidden, bias, offsets, activation, gated)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -86,32 +83,22 @@ class _ActivateRows(torch.autograd.Function):
         hidden: torch.Tensor,
         bias: torch.Tensor | None,
         offsets: torch.Tensor | None,
-        expert_of_row: torch.Tensor | None,
         activation: Activation,
         gated: bool,
     ) -> torch.Tensor:
         hidden = hidden.contiguous()
-        ctx.activation, ctx.gated, ctx.biased = activation, gated, bias is not None
-        if bias is None:
-            ctx.save_for_backward(hidden)
-        else:
-            bias = bias.contiguous()
-            ctx.save_for_backward(hidden, bias, offsets, expert_of_row)
-        return activate_forward(hidden, bias, expert_of_row, activation, gated)
+        bias = None if bias is None else bias.contiguous()
+        offsets = None if bias is None else offsets
+        ctx.activation, ctx.gated = activation, gated
+        ctx.save_for_backward(hidden, bias, offsets)
+        return activate_forward(hidden, bias, offsets, activation, gated)
 
     @staticmethod
     def backward(
         ctx: Any, *grads: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None]:
-        hidden, *of_bias = ctx.saved_tensors
-        bias, offsets, expert_of_row = of_bias if ctx.biased else (None, None, None)
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
+        hidden, bias, offsets = ctx.saved_tensors
         grad_hidden, grad_bias = activate_backward(
-            grads[0].contiguous(),
-            hidden,
-            bias,
-            expert_of_row,
-            offsets if ctx.needs_input_grad[1] else None,
-            ctx.activation,
-            ctx.gated,
+            grads[0].contiguous(), hidden, bias, offsets, ctx.activation, ctx.gated, ctx.needs_input_grad[1]
         )
-        return grad_hidden, grad_bias, None, None, None, None
+        return grad_hidden, grad_bias, None, None, None

@@ -11,31 +11,26 @@ import torch
 import triton
 import triton.language as tl
 
-from rxt_dist.kernels.segments_triton import new_segments, store_segments, sum_segments
+from rxt_dist.kernels.segments_triton import block_of_run, blocks_of_runs, new_segments, sum_segments
 
-_FORWARD_ROWS, _BACKWARD_ROWS = 32, 64
-
-
-def _columns(width: int) -> int:
-    return 128 if width % 128 == 0 else 64
+_FORWARD_ROWS, _BACKWARD_ROWS = 32, 128
+_COLUMNS = 64
 
 
 def activate_forward(
     hidden: torch.Tensor,
     bias: torch.Tensor | None,
-    expert_of_row: torch.Tensor | None,
+    offsets: torch.Tensor | None,
     activation: str,
     gated: bool,
 ) -> torch.Tensor:
-    """Contiguous ``hidden`` [n, W], n > 0, contiguous ``bias`` [E, W] -> [n, F]."""
+    """Contiguous ``hidden`` [n, W], n > 0; with ``offsets`` int32 [E] contiguous ``bias`` [E, W] -> [n, F]."""
     rows, hidden_width = hidden.shape
     width = hidden_width // 2 if gated else hidden_width
     out = hidden.new_empty(rows, width)
-    columns = _columns(width)
-    blocks = (rows + _FORWARD_ROWS - 1) // _FORWARD_ROWS
-    _activate_forward[(blocks * ((width + columns - 1) // columns),)](
-        hidden, bias, expert_of_row, out, rows, WIDTH=width, GATED=gated, ACTIVATION=activation,
-        ROWS=_FORWARD_ROWS, COLUMNS=columns, num_warps=4,
+    _activate_forward[(_programs(rows, _FORWARD_ROWS, bias, width),)](
+        hidden, bias, offsets, out, rows, WIDTH=width, GATED=gated, ACTIVATION=activation,
+        ROWS=_FORWARD_ROWS, COLUMNS=_COLUMNS, num_warps=4, **_experts(bias),
     )  # fmt: skip
     return out
 
@@ -44,26 +39,34 @@ def activate_backward(
     grad: torch.Tensor,
     hidden: torch.Tensor,
     bias: torch.Tensor | None,
-    expert_of_row: torch.Tensor | None,
     offsets: torch.Tensor | None,
     activation: str,
     gated: bool,
+    bias_needs_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of ``hidden`` and of ``bias``, which none is wanted of without ``offsets``."""
+    """Gradients of ``hidden`` and, if it is wanted, of ``bias``."""
     rows, width = grad.shape
     grad_hidden = torch.empty_like(hidden)
     segments = None
-    if bias is not None and offsets is not None:
+    if bias is not None and bias_needs_grad:
         segments = new_segments(rows, _BACKWARD_ROWS, bias)
-    columns = _columns(width)
-    blocks = (rows + _BACKWARD_ROWS - 1) // _BACKWARD_ROWS
-    _activate_backward[(blocks * ((width + columns - 1) // columns),)](
-        grad, hidden, bias, expert_of_row, grad_hidden, segments, rows, WIDTH=width, GATED=gated,
-        ACTIVATION=activation, ROWS=_BACKWARD_ROWS, COLUMNS=columns, num_warps=8,
+    _activate_backward[(_programs(rows, _BACKWARD_ROWS, bias, width),)](
+        grad, hidden, bias, offsets, grad_hidden, segments, rows, WIDTH=width, GATED=gated,
+        ACTIVATION=activation, BLOCK=_BACKWARD_ROWS, ROWS=32, COLUMNS=_COLUMNS, num_warps=4, **_experts(bias),
     )  # fmt: skip
     if bias is None or offsets is None or segments is None:
         return grad_hidden, None
     return grad_hidden, sum_segments(segments, offsets, _BACKWARD_ROWS, bias)
+
+
+def _programs(rows: int, block: int, bias: torch.Tensor | None, width: int) -> int:
+    blocks = blocks_of_runs(rows, block, 0 if bias is None else bias.shape[0])
+    return blocks * ((width + _COLUMNS - 1) // _COLUMNS)
+
+
+def _experts(bias: torch.Tensor | None) -> dict[str, int]:
+    experts = 1 if bias is None else bias.shape[0]
+    return {"E": experts, "EXPERTS": max(32, 1 << (experts - 1).bit_length())}
 
 
 @triton.jit
@@ -93,10 +96,23 @@ def _slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _block(offsets, block, rows, E: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """As :func:`block_of_run`; without ``offsets`` all rows belong together."""
+    if offsets is None:
+        expert = 0
+        start = block.to(tl.int64) * BLOCK
+        end = rows
+        used = start < rows
+    else:
+        expert, start, end, used = block_of_run(offsets, block, E, EXPERTS, BLOCK)
+    return expert, start, end, used
+
+
+@triton.jit
 def _activate_forward(
     hidden,  # [rows, HIDDEN]
-    bias,  # [experts, HIDDEN] or None
-    expert_of_row,  # [rows] or None
+    bias,  # [E, HIDDEN] or None
+    offsets,  # [E], or None as bias
     out,  # [rows, WIDTH]
     rows,
     WIDTH: tl.constexpr,
@@ -104,82 +120,92 @@ def _activate_forward(
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    E: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     HIDDEN: tl.constexpr = WIDTH * 2 if GATED else WIDTH
     CHUNKS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
-    start = (tl.program_id(0) // CHUNKS).to(tl.int64) * ROWS
-    row = tl.arange(0, ROWS)
-    column = (tl.program_id(0) % CHUNKS) * COLUMNS + tl.arange(0, COLUMNS)
-    known = row < rows - start
-    real = known[:, None] & (column < WIDTH)[None, :]
-    at = hidden + start * HIDDEN + (row[:, None] * HIDDEN + column[None, :])
-    value = tl.load(at, mask=real, other=0.0).to(tl.float32)
-    if GATED:
-        gate = tl.load(at + WIDTH, mask=real, other=0.0).to(tl.float32)
-    if bias is not None:
-        expert = tl.load(expert_of_row + start + row, mask=known, other=0).to(tl.int32)
-        bias_at = bias + (expert[:, None] * HIDDEN + column[None, :])
-        value += tl.load(bias_at, mask=real, other=0.0).to(tl.float32)
+    expert, start, end, used = _block(offsets, tl.program_id(0) // CHUNKS, rows, E, EXPERTS, ROWS)
+    if used:
+        row = tl.arange(0, ROWS)
+        column = (tl.program_id(0) % CHUNKS) * COLUMNS + tl.arange(0, COLUMNS)
+        wanted = column < WIDTH
+        real = (row < end - start)[:, None] & wanted[None, :]
+        at = hidden + start * HIDDEN + (row[:, None] * HIDDEN + column[None, :])
+        value = tl.load(at, mask=real, other=0.0).to(tl.float32)
         if GATED:
-            gate += tl.load(bias_at + WIDTH, mask=real, other=0.0).to(tl.float32)
-    if GATED:
-        result = value * _activated(gate, ACTIVATION)
-    else:
-        result = _activated(value, ACTIVATION)
-    out_at = out + start * WIDTH + (row[:, None] * WIDTH + column[None, :])
-    tl.store(out_at, result.to(out.dtype.element_ty), mask=real)
+            gate = tl.load(at + WIDTH, mask=real, other=0.0).to(tl.float32)
+        if bias is not None:
+            bias_at = bias + expert * HIDDEN + column
+            value += tl.load(bias_at, mask=wanted, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                gate += tl.load(bias_at + WIDTH, mask=wanted, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            result = value * _activated(gate, ACTIVATION)
+        else:
+            result = _activated(value, ACTIVATION)
+        out_at = out + start * WIDTH + (row[:, None] * WIDTH + column[None, :])
+        tl.store(out_at, result.to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit
 def _activate_backward(
     grad,  # [rows, WIDTH]
     hidden,  # [rows, HIDDEN]
-    bias,  # [experts, HIDDEN] or None
-    expert_of_row,  # [rows] or None
+    bias,  # [E, HIDDEN] or None
+    offsets,  # [E], or None as bias
     grad_hidden,  # [rows, HIDDEN]
-    segments,  # fp32 [blocks + experts, HIDDEN] or None
+    segments,  # fp32 [blocks, HIDDEN] or None
     rows,
     WIDTH: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,  # of BLOCK, at once
     COLUMNS: tl.constexpr,
+    E: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     HIDDEN: tl.constexpr = WIDTH * 2 if GATED else WIDTH
     CHUNKS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     block = tl.program_id(0) // CHUNKS
-    start = block.to(tl.int64) * ROWS
-    row = tl.arange(0, ROWS)
-    column = (tl.program_id(0) % CHUNKS) * COLUMNS + tl.arange(0, COLUMNS)
-    known = row < rows - start
-    wanted = column < WIDTH
-    real = known[:, None] & wanted[None, :]
-    cell = row[:, None] * HIDDEN + column[None, :]
-    change = tl.load(
-        grad + start * WIDTH + (row[:, None] * WIDTH + column[None, :]), mask=real, other=0.0
-    ).to(tl.float32)
-    value = tl.load(hidden + start * HIDDEN + cell, mask=real, other=0.0).to(tl.float32)
-    if GATED:
-        gate = tl.load(hidden + start * HIDDEN + cell + WIDTH, mask=real, other=0.0).to(tl.float32)
-    if bias is not None:
-        expert = tl.load(expert_of_row + start + row, mask=known, other=0).to(tl.int32)
-        bias_at = bias + (expert[:, None] * HIDDEN + column[None, :])
-        value += tl.load(bias_at, mask=real, other=0.0).to(tl.float32)
-        if GATED:
-            gate += tl.load(bias_at + WIDTH, mask=real, other=0.0).to(tl.float32)
-    if GATED:
-        change_gate = change * value * _slope(gate, ACTIVATION)
-        change_value = change * _activated(gate, ACTIVATION)
-    else:
-        change_value = change * _slope(value, ACTIVATION)
-    kind = grad_hidden.dtype.element_ty
-    out_at = grad_hidden + start * HIDDEN + cell
-    tl.store(out_at, change_value.to(kind), mask=real)
-    if GATED:
-        tl.store(out_at + WIDTH, change_gate.to(kind), mask=real)
-    if segments is not None:
-        first = tl.load(expert_of_row + start).to(tl.int32)
-        last = tl.load(expert_of_row + tl.minimum(start + ROWS, rows) - 1).to(tl.int32)
-        store_segments(segments, change_value, expert, first, last, block, column, HIDDEN, wanted)
-        if GATED:
-            store_segments(segments + WIDTH, change_gate, expert, first, last, block, column, HIDDEN, wanted)
+    expert, start, end, used = _block(offsets, block, rows, E, EXPERTS, BLOCK)
+    if used:
+        column = (tl.program_id(0) % CHUNKS) * COLUMNS + tl.arange(0, COLUMNS)
+        wanted = column < WIDTH
+        if bias is not None:
+            bias_at = bias + expert * HIDDEN + column
+            value_bias = tl.load(bias_at, mask=wanted, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                gate_bias = tl.load(bias_at + WIDTH, mask=wanted, other=0.0).to(tl.float32)[None, :]
+        value_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+        gate_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for first in tl.range(0, BLOCK, ROWS, num_stages=3):
+            row = first + tl.arange(0, ROWS)
+            real = (row < end - start)[:, None] & wanted[None, :]
+            cell = start * HIDDEN + (row[:, None] * HIDDEN + column[None, :])
+            change = tl.load(
+                grad + start * WIDTH + (row[:, None] * WIDTH + column[None, :]), mask=real, other=0.0
+            ).to(tl.float32)
+            value = tl.load(hidden + cell, mask=real, other=0.0).to(tl.float32)
+            if bias is not None:
+                value += value_bias
+            if GATED:
+                gate = tl.load(hidden + cell + WIDTH, mask=real, other=0.0).to(tl.float32)
+                if bias is not None:
+                    gate += gate_bias
+                change_gate = change * value * _slope(gate, ACTIVATION)
+                change_value = change * _activated(gate, ACTIVATION)
+                gate_sum += change_gate
+                tl.store(
+                    grad_hidden + cell + WIDTH, change_gate.to(grad_hidden.dtype.element_ty), mask=real
+                )
+            else:
+                change_value = change * _slope(value, ACTIVATION)
+            value_sum += change_value
+            tl.store(grad_hidden + cell, change_value.to(grad_hidden.dtype.element_ty), mask=real)
+        if segments is not None:
+            segment = segments + block.to(tl.int64) * HIDDEN + column
+            tl.store(segment, tl.sum(value_sum, 0), mask=wanted)
+            if GATED:
+                tl.store(segment + WIDTH, tl.sum(gate_sum, 0), mask=wanted)

@@ -2,9 +2,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Sums over the rows of each expert without atomic additions, in an order that never changes.
 
-Rows are sorted by expert, and a program of another kernel works on one block of them. What its rows of expert
-e add to the sum is segment ``block + e``: no other pair has that number, and an expert's segments follow one
-another.
+Rows are sorted by expert, and a block of them belongs to one expert: program b of a kernel, one of
+:func:`blocks_of_runs`, works on the rows that :func:`block_of_run` tells it, and what they add to the sum is
+segment b. An expert's segments follow one another.
 
 Shape legend: n rows, E experts, W width.
 """
@@ -16,10 +16,15 @@ import triton
 import triton.language as tl
 
 
+def blocks_of_runs(rows: int, block: int, experts: int) -> int:
+    """Enough programs for ``rows`` rows in blocks of ``block``, each of one expert; some have nothing to do."""
+    return (rows + block - 1) // block + experts
+
+
 def new_segments(rows: int, block: int, like: torch.Tensor) -> torch.Tensor:
     """Room for the segments of ``rows`` rows in blocks of ``block``, for sums ``like`` [E, W]; fp32."""
     experts, width = like.shape
-    return like.new_empty((rows + block - 1) // block + experts, width, dtype=torch.float32)
+    return like.new_empty(blocks_of_runs(rows, block, experts), width, dtype=torch.float32)
 
 
 def sum_segments(
@@ -39,22 +44,19 @@ def sum_segments(
 
 
 @triton.jit
-def store_segments(
-    segments,
-    part,  # fp32 [rows, columns], 0 in rows that do not exist
-    expert,  # [rows]
-    first,  # expert of the block's first row
-    last,
-    block,
-    column,  # [columns]
-    WIDTH: tl.constexpr,
-    wanted,  # [columns], which columns exist
-):
-    number = first
-    while number <= last:
-        total = tl.sum(tl.where((expert == number)[:, None], part, 0.0), axis=0)
-        tl.store(segments + (block + number).to(tl.int64) * WIDTH + column, total, mask=wanted)
-        number += 1
+def block_of_run(offsets, block, E: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Expert of ``block``, its first row, the end of the expert's rows, and whether it has a segment.
+
+    A block with a segment may have no rows: its first one is then the end.
+    """
+    number = tl.arange(0, EXPERTS)
+    begins = tl.load(offsets + number - 1, mask=(number > 0) & (number < E), other=0)
+    expert = tl.sum(((number < E) & (begins // BLOCK + number <= block)).to(tl.int32), 0) - 1
+    begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
+    start = tl.minimum(begin + (block - begin // BLOCK - expert) * BLOCK, end)
+    used = (end > begin) & (block <= (end - 1) // BLOCK + expert)
+    return expert, start.to(tl.int64), end, used
 
 
 @triton.jit
