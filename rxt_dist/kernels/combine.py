@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rxt_dist.kernels.grouped_gemm import add_group_bias
-from rxt_dist.kernels.permute import permute_rows
+from rxt_dist.kernels.permute import place_rows
 from rxt_dist.kernels.triton_support import HAS_TRITON, uses_triton
 
 if HAS_TRITON:
@@ -31,7 +31,9 @@ def combine_rows(
     Args:
         rows: [n, D], sorted by expert; bias: [E, D] of the same dtype, or None; weights: [N, K], fp32 where
             ``rows`` has fewer bits.
-        order: int64 [n], row i belongs to slot ``order[i]`` of the flattened [N, K]; inverse: its inverse.
+        order: int64 [n], row i belongs to slot ``order[i]`` of the flattened [N, K].
+        inverse: int64 [N * K], the row of each slot; -1: it has none, adds nothing, and the gradient of its
+            weight is 0.
         offsets: int32 [E], the end of each expert's rows, ``offsets[-1] == n``; expert_of_row: int64 [n].
 
     Returns:
@@ -43,43 +45,20 @@ def combine_rows(
             rows, bias, weights, order, inverse, offsets, expert_of_row
         )
         return out
-    slots = place_rows(rows, bias, order, inverse, offsets, expert_of_row)
-    slots = slots.view(*weights.shape, rows.shape[1])
+    if bias is not None:
+        rows = add_group_bias(rows, bias, offsets, expert_of_row)
+    slots = place_rows(rows, order, inverse).view(*weights.shape, rows.shape[1])
     combined: torch.Tensor = (slots * weights.to(rows.dtype)[..., None]).sum(dim=1)
     return combined
 
 
-def place_rows(
-    rows: torch.Tensor,
-    bias: torch.Tensor | None,
-    order: torch.Tensor,
-    inverse: torch.Tensor,
-    offsets: torch.Tensor,
-    expert_of_row: torch.Tensor,
-) -> torch.Tensor:
-    """``y[s] = rows[i] + bias[expert_of_row[i]]``, i = ``inverse[s]``: [n, D], rows where they came from.
-
-    Args as those of :func:`combine_rows`.
-    """
-    if bias is None:
-        return permute_rows(rows, inverse, order)
-    if uses_triton(rows) and rows.shape[0]:
-        out: torch.Tensor = _CombineRows.apply(  # type: ignore[no-untyped-call]
-            rows, bias, None, order, inverse, offsets, expert_of_row
-        )
-        return out
-    return permute_rows(add_group_bias(rows, bias, offsets, expert_of_row), inverse, order)
-
-
 class _CombineRows(torch.autograd.Function):
-    """Without ``weights`` every token has one row, of weight 1."""
-
     @staticmethod
     def forward(
         ctx: Any,
         rows: torch.Tensor,
         bias: torch.Tensor | None,
-        weights: torch.Tensor | None,
+        weights: torch.Tensor,
         order: torch.Tensor,
         inverse: torch.Tensor,
         offsets: torch.Tensor,
@@ -87,11 +66,10 @@ class _CombineRows(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = rows.contiguous()
         bias = None if bias is None else bias.contiguous()
-        weights = None if weights is None else weights.contiguous()
-        kept = rows if weights is not None and ctx.needs_input_grad[2] else None
+        weights = weights.contiguous()
+        kept = rows if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(order, offsets, expert_of_row, bias, weights, kept)
-        copies = 1 if weights is None else weights.shape[1]
-        return combine_forward(rows, bias, weights, inverse, expert_of_row, copies)
+        return combine_forward(rows, bias, weights, inverse, expert_of_row, weights.shape[1])
 
     @staticmethod
     def backward(
@@ -106,6 +84,5 @@ class _CombineRows(torch.autograd.Function):
             order,
             expert_of_row,
             offsets if ctx.needs_input_grad[1] else None,
-            1 if weights is None else weights.shape[1],
         )
         return grad_rows, grad_bias, grad_weights, None, None, None, None

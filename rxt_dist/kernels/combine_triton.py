@@ -2,7 +2,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Rows of experts back into their tokens, in one pass each way.
 
-Shape legend: N tokens, K rows of a token, n = N * K rows sorted by expert, E experts, D width.
+Shape legend: N tokens, K slots of a token, n <= N * K rows of one slot each, by expert, E experts, D width.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def combine_forward(
     expert_of_row: torch.Tensor | None,
     copies: int,
 ) -> torch.Tensor:
-    """Contiguous ``rows`` [n, D], n > 0, and the rest contiguous too -> [N, D]."""
-    count, width = rows.shape
-    tokens = count // copies
+    """Contiguous ``rows`` [n, D], n > 0, and the rest contiguous too -> [N, D]. Slots of which ``inverse``
+    [N * K] is -1 have no row."""
+    width, tokens = rows.shape[1], inverse.shape[0] // copies
     out = rows.new_empty(tokens, width)
     columns = _columns(width)
     blocks = (tokens + _TOKENS - 1) // _TOKENS
@@ -45,11 +45,10 @@ def combine_backward(
     grad: torch.Tensor,
     rows: torch.Tensor | None,
     bias: torch.Tensor | None,
-    weights: torch.Tensor | None,
+    weights: torch.Tensor,
     order: torch.Tensor,
-    expert_of_row: torch.Tensor | None,
+    expert_of_row: torch.Tensor,
     offsets: torch.Tensor | None,
-    copies: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of rows, weights and bias from the result's, ``grad`` [N, D].
 
@@ -57,13 +56,16 @@ def combine_backward(
     """
     count, width = order.shape[0], grad.shape[1]
     grad_rows = grad.new_empty(count, width)
-    grad_weights = torch.empty_like(weights) if weights is not None and rows is not None else None
+    grad_weights = None
+    if rows is not None:  # slots without a row are written by nobody
+        partial = count != weights.numel()
+        grad_weights = torch.zeros_like(weights) if partial else torch.empty_like(weights)
     segments = None
     if bias is not None and offsets is not None:
         segments = new_segments(count, _ROWS, bias)
     _combine_backward[((count + _ROWS - 1) // _ROWS,)](
         grad, rows, bias, weights, order, expert_of_row, grad_rows, grad_weights, segments, count,
-        WIDTH=width, COPIES=copies, ROWS=_ROWS, COLUMNS=_columns(width), num_warps=8,
+        WIDTH=width, COPIES=weights.shape[1], ROWS=_ROWS, COLUMNS=_columns(width), num_warps=8,
     )  # fmt: skip
     if bias is None or offsets is None or segments is None:
         return grad_rows, grad_weights, None
@@ -72,11 +74,11 @@ def combine_backward(
 
 @triton.jit
 def _combine_forward(
-    rows,  # [tokens * COPIES, WIDTH]
+    rows,  # [count, WIDTH]
     bias,  # [experts, WIDTH] or None
     weights,  # [tokens, COPIES] or None
-    inverse,  # [tokens * COPIES]
-    expert_of_row,  # [tokens * COPIES] or None
+    inverse,  # [tokens * COPIES], -1: no row
+    expert_of_row,  # [count] or None
     out,  # [tokens, WIDTH]
     tokens,
     WIDTH: tl.constexpr,
@@ -88,20 +90,23 @@ def _combine_forward(
     token = (tl.program_id(0) // CHUNKS).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = (tl.program_id(0) % CHUNKS) * COLUMNS + tl.arange(0, COLUMNS)
     known = token < tokens
-    real = known[:, None] & (column < WIDTH)[None, :]
+    wanted = column < WIDTH
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
     for copy in tl.static_range(COPIES):
         slot = token * COPIES + copy
-        row = tl.load(inverse + slot, mask=known, other=0).to(tl.int64)
+        row = tl.load(inverse + slot, mask=known, other=-1).to(tl.int64)
+        found = row >= 0
+        real = found[:, None] & wanted[None, :]
         part = tl.load(rows + (row[:, None] * WIDTH + column[None, :]), mask=real, other=0.0).to(tl.float32)
         if bias is not None:
-            expert = tl.load(expert_of_row + row, mask=known, other=0).to(tl.int32)
+            expert = tl.load(expert_of_row + row, mask=found, other=0).to(tl.int32)
             part += tl.load(bias + (expert[:, None] * WIDTH + column[None, :]), mask=real, other=0.0).to(
                 tl.float32
             )
         if weights is not None:
-            part *= tl.load(weights + slot, mask=known, other=0.0)[:, None]
+            part *= tl.load(weights + slot, mask=found, other=0.0)[:, None]
         total += part
+    real = known[:, None] & wanted[None, :]
     tl.store(out + (token[:, None] * WIDTH + column[None, :]), total.to(out.dtype.element_ty), mask=real)
 
 
@@ -110,11 +115,11 @@ def _combine_backward(
     grad,  # [tokens, WIDTH]
     rows,  # [count, WIDTH], or None: no gradient of the weights
     bias,  # [experts, WIDTH] or None
-    weights,  # [tokens, COPIES] or None
+    weights,  # [tokens, COPIES]
     order,  # [count]
-    expert_of_row,  # [count] or None
+    expert_of_row,  # [count]
     grad_rows,  # [count, WIDTH]
-    grad_weights,  # [tokens, COPIES] or None
+    grad_weights,  # [tokens, COPIES] or None, 0 where a slot has no row
     segments,  # fp32 [blocks + experts, WIDTH] or None
     count,
     WIDTH: tl.constexpr,
@@ -128,8 +133,7 @@ def _combine_backward(
     known = row < count - start
     slot = tl.load(order + start + row, mask=known, other=0).to(tl.int64)
     source = (slot // COPIES) * WIDTH
-    if weights is not None:
-        weight = tl.load(weights + slot, mask=known, other=0.0)
+    weight = tl.load(weights + slot, mask=known, other=0.0)
     if bias is not None:
         expert = tl.load(expert_of_row + start + row, mask=known, other=0).to(tl.int32)
         first = tl.load(expert_of_row + start).to(tl.int32)
@@ -148,8 +152,7 @@ def _combine_backward(
                     tl.float32
                 )
             product += tl.sum(change * part, axis=1)
-        if weights is not None:
-            change = change * weight[:, None]
+        change = change * weight[:, None]
         tl.store(grad_rows + cell, change.to(grad_rows.dtype.element_ty), mask=real)
         if segments is not None:
             store_segments(segments, change, expert, first, last, block, column, WIDTH, wanted)

@@ -31,12 +31,22 @@ def repeat_permuted(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor,
     """``x.repeat_interleave(copies, 0)[order]`` without the intermediate.
 
     Args:
-        x: [N, ...]; order: int64 [N * copies], a permutation; inverse: its inverse permutation.
+        x: [N, ...]; order: int64 [n], distinct numbers from 0 to N * copies - 1.
+        inverse: int64 [N * copies], where ``order`` has each of them; -1: nowhere.
 
     Returns:
-        [N * copies, ...].
+        [n, ...].
     """
     out: torch.Tensor = _RepeatPermuted.apply(x, order, inverse, copies)  # type: ignore[no-untyped-call]
+    return out
+
+
+def place_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """``x`` [n, ...] where it came from: row i is row ``order[i]`` of the result [N, ...], the others are 0.
+
+    ``order`` and ``inverse`` as those of :func:`repeat_permuted`, of one copy.
+    """
+    out: torch.Tensor = _PlaceRows.apply(x, order, inverse)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -46,7 +56,7 @@ class _RepeatPermuted(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int
     ) -> torch.Tensor:
         ctx.save_for_backward(inverse)
-        ctx.copies = copies
+        ctx.copies, ctx.count = copies, x.shape[0]
         source = order if copies == 1 else torch.div(order, copies, rounding_mode="floor")
         return x.index_select(0, source)
 
@@ -56,10 +66,30 @@ class _RepeatPermuted(torch.autograd.Function):
         grad = grads[0]
         if ctx.copies > 1 and grad.ndim == 2 and grad.shape[0] and uses_triton(grad):
             return combine_forward(grad.contiguous(), None, None, inverse, None, ctx.copies), None, None, None
-        grad = grad.index_select(0, inverse)
+        grad = _rows_or_zeros(grad, inverse)
         if ctx.copies > 1:
-            grad = grad.view(grad.shape[0] // ctx.copies, ctx.copies, *grad.shape[1:]).sum(1)
+            grad = grad.view(ctx.count, ctx.copies, *grad.shape[1:]).sum(1)
         return grad, None, None, None
+
+
+class _PlaceRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        return _rows_or_zeros(x, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return grads[0].index_select(0, order), None, None
+
+
+def _rows_or_zeros(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``x[rows]``, with zeros where a number is -1."""
+    if not x.shape[0]:
+        return x.new_zeros(rows.shape[0], *x.shape[1:])
+    missing = (rows < 0).view(-1, *[1] * (x.ndim - 1))
+    return x.index_select(0, rows.clamp_min(0)).masked_fill_(missing, 0)
 
 
 class _TakeRows(torch.autograd.Function):

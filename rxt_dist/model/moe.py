@@ -64,11 +64,11 @@ class Routing:
 
 @dataclass(frozen=True, eq=False)
 class ExpertOrder:
-    """Rows sorted by expert.
+    """Rows sorted by expert; n = N * K of them, or fewer where some slots of [N, K] have none.
 
     Attributes:
         order: int64 [n], row i of the sorted rows is slot ``order[i]`` of the flattened [N, K].
-        inverse: int64 [n], the inverse permutation.
+        inverse: int64 [N * K], the row of each slot; -1: it has none.
         expert_of_row: int64 [n], ascending; offsets: int32 [E], the end of each expert's run.
     """
 
@@ -89,6 +89,18 @@ class ExpertOrder:
         numbers = torch.arange(num_experts, device=order.device)
         offsets = torch.searchsorted(expert_of_row, numbers, right=True, out_int32=True)
         return cls(order, inverse, expert_of_row, offsets)
+
+    @classmethod
+    def of_some(cls, experts: torch.Tensor, held: range, count: int) -> ExpertOrder:
+        """Sort the slots of which the expert is one of ``held``, numbered from 0, and leave out all others.
+
+        ``experts``: int64 of any shape (flattened to [N * K]), of which ``count`` are among ``held``.
+        """
+        numbers = experts - held.start
+        kept = (numbers >= 0) & (numbers < len(held))
+        every = cls.of(torch.where(kept, numbers, len(held)), len(held) + 1)
+        inverse = torch.where(every.inverse < count, every.inverse, -1)
+        return cls(every.order[:count], inverse, every.expert_of_row[:count], every.offsets[:-1])
 
 
 def expert_distributions(init: ExpertInit, width: int, hidden: int) -> dict[str, Distribution]:

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rxt_dist.kernels.combine import combine_rows, place_rows
-from rxt_dist.kernels.permute import permute_rows, repeat_permuted
+from rxt_dist.kernels.combine import combine_rows
+from rxt_dist.kernels.grouped_gemm import add_group_bias
+from rxt_dist.kernels.permute import permute_rows, place_rows, repeat_permuted
 from rxt_dist.model.canonical import Cut
 from rxt_dist.model.moe import ExpertOrder, Experts
 from rxt_dist.parallel.mesh import Mesh
@@ -110,7 +111,9 @@ class ExpertParallel(Experts):
         order = ExpertOrder.of(traffic.local_experts, self.w_in.shape[0])
         rows = permute_rows(rows, order.order, order.inverse)
         rows = self.products(rows, order)
-        rows = place_rows(rows, self.b_out, order.order, order.inverse, order.offsets, order.expert_of_row)
+        if self.b_out is not None:
+            rows = add_group_bias(rows, self.b_out, order.offsets, order.expert_of_row)
+        rows = place_rows(rows, order.order, order.inverse)
         return exchange(rows, traffic.received, traffic.sent, self.group)
 
 

@@ -13,8 +13,8 @@ from helpers.interpreter import interpreter  # noqa: F401
 
 from rxt_dist.kernels import triton_support
 from rxt_dist.kernels.activation import Activation, activate, activate_rows
-from rxt_dist.kernels.combine import combine_rows, place_rows
-from rxt_dist.kernels.permute import repeat_permuted
+from rxt_dist.kernels.combine import combine_rows
+from rxt_dist.kernels.permute import place_rows, repeat_permuted
 from rxt_dist.kernels.segments_triton import new_segments, sum_segments
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
@@ -152,33 +152,42 @@ def test_large_and_undefined_values(backend: str, activation: Activation) -> Non
     assert torch.isfinite(hidden.grad[0, :3]).all()
 
 
-def shuffled(counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A permutation and its inverse."""
-    order = torch.randperm(sum(counts))
-    return order, order.argsort()
+def shuffled(counts: list[int], slots: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Different slots, one for each row, and the row of each slot, -1 without one."""
+    count = sum(counts)
+    order = torch.randperm(count if slots is None else slots)[:count]
+    inverse = torch.full((count if slots is None else slots,), -1)
+    inverse[order] = torch.arange(count)
+    return order, inverse
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(
-    ("rows", "width", "copies"),
+    ("rows", "width", "copies", "spare"),
     [
-        ("many experts in a block", 8, 4),
-        ("experts of many blocks", 130, 6),
-        ("experts of many blocks", 5, 3),
-        ("ends of blocks", 128, 1),
-        ("one row", 16, 1),
-        ("nothing for the first and last", 70, 10),
-        ("no rows", 8, 2),
+        ("many experts in a block", 8, 4, 0),
+        ("many experts in a block", 8, 4, 3),
+        ("experts of many blocks", 130, 6, 0),
+        ("experts of many blocks", 130, 6, 170),
+        ("experts of many blocks", 5, 3, 0),
+        ("ends of blocks", 128, 1, 0),
+        ("ends of blocks", 128, 1, 40),
+        ("one row", 16, 1, 0),
+        ("one row", 16, 3, 2),
+        ("nothing for the first and last", 70, 10, 0),
+        ("no rows", 8, 2, 0),
+        ("no rows", 8, 2, 5),
     ],
 )
 def test_weighted_sums_of_rows(
-    backend: str, rows: str, width: int, copies: int, biased: bool, dtype: torch.dtype
+    backend: str, rows: str, width: int, copies: int, spare: int, biased: bool, dtype: torch.dtype
 ) -> None:
+    """Of tokens of which each has all its rows, or (``spare`` more tokens) some or none."""
     torch.manual_seed(0)
     counts = ROWS[rows]
-    (offsets, expert_of_row), (order, inverse) = grouped(counts), shuffled(counts)
-    tokens = sum(counts) // copies
+    tokens = sum(counts) // copies + spare
+    (offsets, expert_of_row), (order, inverse) = grouped(counts), shuffled(counts, tokens * copies)
     x = random(sum(counts), width, dtype=dtype)
     bias = random(len(counts), width, dtype=dtype) if biased else None
     weights = random(tokens, copies, dtype=torch.float32)
@@ -194,6 +203,8 @@ def test_weighted_sums_of_rows(
     assert_near(x.grad, exact_x.grad, dtype)
     if dtype == torch.float32 or backend == "kernel":  # operators have weights in bf16
         assert_near(weights.grad, exact_weights.grad, torch.float32)
+    assert weights.grad is not None
+    assert not weights.grad.flatten()[inverse < 0].any()
     if bias is not None:
         assert_near(bias.grad, exact_bias[0].grad, dtype)
         assert bias.grad is not None
@@ -267,36 +278,46 @@ def test_nothing_is_written_beyond_the_results(monkeypatch: pytest.MonkeyPatch) 
         assert (memory[size:] == 77.0).all()
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("biased", [True, False])
-def test_rows_go_back_to_their_places(backend: str, rows: str, biased: bool) -> None:
+@pytest.mark.parametrize(("count", "places"), [(7, 7), (7, 12), (0, 3), (0, 0)])
+def test_rows_go_back_to_their_places(count: int, places: int) -> None:
     torch.manual_seed(0)
-    counts = ROWS[rows]
-    (offsets, expert_of_row), (order, inverse) = grouped(counts), shuffled(counts)
-    x = random(sum(counts), 20, dtype=torch.float32)
-    bias = random(len(counts), 20, dtype=torch.float32) if biased else None
-    out = place_rows(x, bias, order, inverse, offsets, expert_of_row)
-    exact_x, *exact_bias = exactly(x, bias)
-    exact = (exact_x + exact_bias[0][expert_of_row] if biased else exact_x)[inverse]
-    assert_near(out, exact, torch.float32)
-    factor = torch.randn_like(out)
+    order, inverse = shuffled([count], places)
+    x, factor = random(count, 5, dtype=torch.float32), torch.randn(places, 5)
+    out = place_rows(x, order, inverse)
+    expected = torch.zeros(places, 5)
+    expected[order] = x.detach()
+    assert torch.equal(out, expected)
     (out * factor).sum().backward()
-    (exact * factor).sum().backward()
-    assert_near(x.grad, exact_x.grad, torch.float32)
-    if bias is not None:
-        assert_near(bias.grad, exact_bias[0].grad, torch.float32)
+    assert x.grad is not None
+    assert torch.equal(x.grad, factor[order])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("tokens", "copies", "width"), [(23, 6, 130), (5, 1, 8), (17, 10, 5), (0, 2, 8)])
+@pytest.mark.parametrize(
+    ("tokens", "copies", "width", "missing"),
+    [
+        (23, 6, 130, 0),
+        (23, 6, 130, 50),
+        (5, 1, 8, 0),
+        (5, 1, 8, 2),
+        (17, 10, 5, 0),
+        (17, 10, 5, 169),
+        (3, 2, 8, 6),
+        (0, 2, 8, 0),
+    ],
+)
 def test_gradient_of_repeated_rows(
-    backend: str, tokens: int, copies: int, width: int, dtype: torch.dtype
+    backend: str, tokens: int, copies: int, width: int, missing: int, dtype: torch.dtype
 ) -> None:
+    """All copies of rows, or only some (``missing``: how many there are not)."""
     torch.manual_seed(0)
-    order = torch.randperm(tokens * copies)
-    x, factor = random(tokens, width, dtype=dtype), torch.randn(tokens * copies, width).to(dtype)
+    slots = tokens * copies
+    order, inverse = shuffled([slots - missing], slots)
+    x, factor = random(tokens, width, dtype=dtype), torch.randn(slots - missing, width).to(dtype)
     (exact_x,) = exactly(x)
-    (repeat_permuted(x, order, order.argsort(), copies) * factor).sum().backward()
+    rows = repeat_permuted(x, order, inverse, copies)
+    assert torch.equal(rows, x.repeat_interleave(copies, 0)[order])
+    (rows * factor).sum().backward()
     (exact_x.repeat_interleave(copies, 0)[order] * factor).sum().backward()
     assert_near(x.grad, exact_x.grad, dtype)
 

@@ -13,7 +13,7 @@ from model_samples import perturb
 from rxt_dist.config import MoEConfig
 from rxt_dist.model.feedforward import FeedForward
 from rxt_dist.model.initialisation import initialise
-from rxt_dist.model.moe import ExpertOrder, MoE, SharedExperts
+from rxt_dist.model.moe import ExpertOrder, Experts, MoE, SharedExperts
 
 D, HIDDEN, E = 16, 12, 5
 
@@ -171,6 +171,53 @@ def test_expert_order() -> None:
     assert order.offsets.tolist() == [2, 2, 5, 6, 6]
     assert order.offsets.dtype == torch.int32
     assert order.order[order.inverse].tolist() == list(range(6))
+
+
+def test_order_of_some_experts() -> None:
+    chosen = torch.tensor([[2, 0], [2, 3], [0, 1], [3, 4]])
+    order = ExpertOrder.of_some(chosen, range(2, 4), 4)
+    assert order.order.tolist() == [0, 2, 3, 6]
+    assert order.inverse.tolist() == [0, -1, 1, 2, -1, -1, 3, -1]
+    assert order.expert_of_row.tolist() == [0, 0, 1, 1]
+    assert order.offsets.tolist() == [2, 4]
+    assert order.offsets.dtype == torch.int32
+    nothing = ExpertOrder.of_some(chosen[:1], range(3, 5), 0)
+    assert (nothing.order.tolist(), nothing.inverse.tolist(), nothing.offsets.tolist()) == (
+        [],
+        [-1, -1],
+        [0, 0],
+    )
+
+
+@pytest.mark.parametrize("bias", ["local", "off"])
+def test_parts_of_the_experts_add_up_to_all(bias: str) -> None:
+    """Outputs and gradients; what a part leaves out has exactly no gradient there."""
+    moe = make(num_experts=7, bias=bias).double()
+    whole, chosen = moe.experts, torch.rand(9, 7).topk(2).indices
+    chosen[:, 1] = 5  # of the last part, which all tokens need
+    x, weights = (torch.randn(9, n, dtype=torch.float64, requires_grad=True) for n in (D, 2))
+    factor = torch.randn(9, D, dtype=torch.float64)
+    expected = whole(x, ExpertOrder.of(chosen, 7), weights)
+    gradients = torch.autograd.grad(expected, [x, weights, *whole.parameters()], factor)
+    total, found = torch.zeros_like(expected), [torch.zeros_like(one) for one in gradients]
+    for held in (range(3), range(3, 4), range(4, 7)):
+        part = Experts(len(held), D, HIDDEN, gated=True, activation="silu", biased=bias == "local").double()
+        with torch.no_grad():
+            for name, parameter in part.named_parameters():
+                parameter.copy_(whole.get_parameter(name)[held.start : held.stop])
+        here = (chosen >= held.start) & (chosen < held.stop)
+        out = part(x, ExpertOrder.of_some(chosen, held, int(here.sum())), weights)
+        ours = torch.autograd.grad(out, [x, weights, *part.parameters()], factor)
+        assert not ours[1][~here].any()
+        assert not ours[0][~here.any(1)].any()
+        total += out
+        found[0] += ours[0]
+        found[1] += ours[1]
+        for whole_gradient, gradient in zip(found[2:], ours[2:], strict=True):
+            whole_gradient[held.start : held.stop] += gradient
+    torch.testing.assert_close(total, expected)
+    for left, right in zip(found, gradients, strict=True):
+        torch.testing.assert_close(left, right)
 
 
 def test_bf16_routes_by_fp32_probabilities() -> None:
