@@ -24,13 +24,14 @@ def activate_forward(
     activation: str,
     gated: bool,
 ) -> torch.Tensor:
-    """Contiguous ``hidden`` [n, W], n > 0; with ``offsets`` int32 [E] contiguous ``bias`` [E, W] -> [n, F]."""
+    """Contiguous ``hidden`` [n, W], n > 0, and ``bias`` [E, W] with ``offsets`` int32 [E] -> [n, F]."""
     rows, hidden_width = hidden.shape
     width = hidden_width // 2 if gated else hidden_width
     out = hidden.new_empty(rows, width)
-    _activate_forward[(_programs(rows, _FORWARD_ROWS, bias, width),)](
+    blocks, experts = blocks_of_runs(rows, _FORWARD_ROWS, bias)
+    _activate_forward[(blocks * ((width + _COLUMNS - 1) // _COLUMNS),)](
         hidden, bias, offsets, out, rows, WIDTH=width, GATED=gated, ACTIVATION=activation,
-        ROWS=_FORWARD_ROWS, COLUMNS=_COLUMNS, num_warps=4, **_experts(bias),
+        ROWS=_FORWARD_ROWS, COLUMNS=_COLUMNS, num_warps=4, **experts,
     )  # fmt: skip
     return out
 
@@ -50,23 +51,14 @@ def activate_backward(
     segments = None
     if bias is not None and bias_needs_grad:
         segments = new_segments(rows, _BACKWARD_ROWS, bias)
-    _activate_backward[(_programs(rows, _BACKWARD_ROWS, bias, width),)](
+    blocks, experts = blocks_of_runs(rows, _BACKWARD_ROWS, bias)
+    _activate_backward[(blocks * ((width + _COLUMNS - 1) // _COLUMNS),)](
         grad, hidden, bias, offsets, grad_hidden, segments, rows, WIDTH=width, GATED=gated,
-        ACTIVATION=activation, BLOCK=_BACKWARD_ROWS, ROWS=32, COLUMNS=_COLUMNS, num_warps=4, **_experts(bias),
+        ACTIVATION=activation, BLOCK=_BACKWARD_ROWS, ROWS=32, COLUMNS=_COLUMNS, num_warps=4, **experts,
     )  # fmt: skip
     if bias is None or offsets is None or segments is None:
         return grad_hidden, None
     return grad_hidden, sum_segments(segments, offsets, _BACKWARD_ROWS, bias)
-
-
-def _programs(rows: int, block: int, bias: torch.Tensor | None, width: int) -> int:
-    blocks = blocks_of_runs(rows, block, 0 if bias is None else bias.shape[0])
-    return blocks * ((width + _COLUMNS - 1) // _COLUMNS)
-
-
-def _experts(bias: torch.Tensor | None) -> dict[str, int]:
-    experts = 1 if bias is None else bias.shape[0]
-    return {"E": experts, "EXPERTS": max(32, 1 << (experts - 1).bit_length())}
 
 
 @triton.jit
@@ -96,19 +88,6 @@ def _slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _block(offsets, block, rows, E: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-    """As :func:`block_of_run`; without ``offsets`` all rows belong together."""
-    if offsets is None:
-        expert = 0
-        start = block.to(tl.int64) * BLOCK
-        end = rows
-        used = start < rows
-    else:
-        expert, start, end, used = block_of_run(offsets, block, E, EXPERTS, BLOCK)
-    return expert, start, end, used
-
-
-@triton.jit
 def _activate_forward(
     hidden,  # [rows, HIDDEN]
     bias,  # [E, HIDDEN] or None
@@ -125,7 +104,13 @@ def _activate_forward(
 ):
     HIDDEN: tl.constexpr = WIDTH * 2 if GATED else WIDTH
     CHUNKS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
-    expert, start, end, used = _block(offsets, tl.program_id(0) // CHUNKS, rows, E, EXPERTS, ROWS)
+    number = tl.arange(0, EXPERTS)
+    begins = tl.zeros([EXPERTS], tl.int32)
+    ends = begins + rows
+    if offsets is not None:
+        begins = tl.load(offsets + number - 1, mask=(number > 0) & (number < E), other=0)
+        ends = tl.load(offsets + number, mask=number < E, other=0)
+    expert, start, end, used = block_of_run(begins, ends, tl.program_id(0) // CHUNKS, E, ROWS)
     if used:
         row = tl.arange(0, ROWS)
         column = (tl.program_id(0) % CHUNKS) * COLUMNS + tl.arange(0, COLUMNS)
@@ -169,7 +154,13 @@ def _activate_backward(
     HIDDEN: tl.constexpr = WIDTH * 2 if GATED else WIDTH
     CHUNKS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     block = tl.program_id(0) // CHUNKS
-    expert, start, end, used = _block(offsets, block, rows, E, EXPERTS, BLOCK)
+    number = tl.arange(0, EXPERTS)
+    begins = tl.zeros([EXPERTS], tl.int32)
+    ends = begins + rows
+    if offsets is not None:
+        begins = tl.load(offsets + number - 1, mask=(number > 0) & (number < E), other=0)
+        ends = tl.load(offsets + number, mask=number < E, other=0)
+    expert, start, end, used = block_of_run(begins, ends, block, E, BLOCK)
     if used:
         column = (tl.program_id(0) % CHUNKS) * COLUMNS + tl.arange(0, COLUMNS)
         wanted = column < WIDTH
@@ -197,9 +188,7 @@ def _activate_backward(
                 change_gate = change * value * _slope(gate, ACTIVATION)
                 change_value = change * _activated(gate, ACTIVATION)
                 gate_sum += change_gate
-                tl.store(
-                    grad_hidden + cell + WIDTH, change_gate.to(grad_hidden.dtype.element_ty), mask=real
-                )
+                tl.store(grad_hidden + cell + WIDTH, change_gate.to(grad_hidden.dtype.element_ty), mask=real)
             else:
                 change_value = change * _slope(value, ACTIVATION)
             value_sum += change_value

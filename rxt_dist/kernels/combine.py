@@ -68,21 +68,15 @@ class _CombineRows(torch.autograd.Function):
         bias = None if bias is None else bias.contiguous()
         weights = weights.contiguous()
         kept = rows if ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(order, offsets, expert_of_row, bias, weights, kept)
+        ctx.save_for_backward(order, offsets, bias, weights, kept)
         return combine_forward(rows, bias, weights, inverse, expert_of_row, weights.shape[1])
 
     @staticmethod
     def backward(
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, None, None, None, None]:
-        order, offsets, expert_of_row, bias, weights, rows = ctx.saved_tensors
+        order, offsets, bias, weights, rows = ctx.saved_tensors
         grad_rows, grad_weights, grad_bias = combine_backward(
-            grads[0].contiguous(),
-            rows,
-            bias,
-            weights,
-            order,
-            expert_of_row,
-            offsets if ctx.needs_input_grad[1] else None,
+            grads[0].contiguous(), rows, bias, weights, order, offsets, ctx.needs_input_grad[1]
         )
         return grad_rows, grad_bias, grad_weights, None, None, None, None

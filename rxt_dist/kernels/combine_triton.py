@@ -1,6 +1,6 @@
 # ruff: noqa: N803, N806 - constants of kernels
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Rows of experts back into their tokens, in one pass each way.
+"""Rows of tokens to their experts, and back into the tokens, in one pass each way.
 
 Shape legend: N tokens, K slots of a token, n <= N * K rows of one slot each, by expert, E experts, D width.
 """
@@ -11,9 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from rxt_dist.kernels.segments_triton import new_segments, store_segments, sum_segments
+from rxt_dist.kernels.segments_triton import block_of_run, blocks_of_runs, new_segments, sum_segments
 
-_TOKENS, _ROWS = 16, 64
+_TOKENS, _SPREAD_TOKENS, _ROWS = 16, 8, 64
+_CELLS = 8192
+"""Numbers of whole rows that a program has at once, at most (or one row)."""
 
 
 def _columns(width: int) -> int:
@@ -47,12 +49,12 @@ def combine_backward(
     bias: torch.Tensor | None,
     weights: torch.Tensor,
     order: torch.Tensor,
-    expert_of_row: torch.Tensor,
-    offsets: torch.Tensor | None,
+    offsets: torch.Tensor,
+    bias_needs_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of rows, weights and bias from the result's, ``grad`` [N, D].
 
-    That of the weights is wanted where there are ``rows``, that of the bias where there are ``offsets``.
+    That of the weights is wanted where there are ``rows``.
     """
     count, width = order.shape[0], grad.shape[1]
     grad_rows = grad.new_empty(count, width)
@@ -60,16 +62,37 @@ def combine_backward(
     if rows is not None:  # slots without a row are written by nobody
         partial = count != weights.numel()
         grad_weights = torch.zeros_like(weights) if partial else torch.empty_like(weights)
-    segments = None
-    if bias is not None and offsets is not None:
-        segments = new_segments(count, _ROWS, bias)
-    _combine_backward[((count + _ROWS - 1) // _ROWS,)](
-        grad, rows, bias, weights, order, expert_of_row, grad_rows, grad_weights, segments, count,
-        WIDTH=width, COPIES=weights.shape[1], ROWS=_ROWS, COLUMNS=_columns(width), num_warps=8,
+    segments = new_segments(count, _ROWS, bias) if bias is not None and bias_needs_grad else None
+    columns = max(64, 1 << (int(width) - 1).bit_length())
+    blocks, experts = blocks_of_runs(count, _ROWS, bias)
+    _combine_backward[(blocks,)](
+        grad, rows, bias, weights, order, None if bias is None else offsets, grad_rows, grad_weights,
+        segments, count, WIDTH=width, COPIES=weights.shape[1], BLOCK=_ROWS, COLUMNS=columns,
+        ROWS=max(1, min(16, _CELLS // columns)), num_warps=4, **experts,
     )  # fmt: skip
-    if bias is None or offsets is None or segments is None:
+    if bias is None or segments is None:
         return grad_rows, grad_weights, None
     return grad_rows, grad_weights, sum_segments(segments, offsets, _ROWS, bias)
+
+
+def spread_rows(x: torch.Tensor, count: int, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+    """Contiguous ``x`` [N, D] at the rows of its slots: [count, D], count > 0."""
+    tokens, width = x.shape
+    out = x.new_empty(count, width)
+    columns = _columns(width)
+    blocks = (tokens + _SPREAD_TOKENS - 1) // _SPREAD_TOKENS
+    _spread[(blocks * ((width + columns - 1) // columns),)](
+        x,
+        inverse,
+        out,
+        tokens,
+        WIDTH=width,
+        COPIES=copies,
+        TOKENS=_SPREAD_TOKENS,
+        COLUMNS=columns,
+        num_warps=4,
+    )
+    return out
 
 
 @triton.jit
@@ -114,47 +137,74 @@ def _combine_forward(
 def _combine_backward(
     grad,  # [tokens, WIDTH]
     rows,  # [count, WIDTH], or None: no gradient of the weights
-    bias,  # [experts, WIDTH] or None
+    bias,  # [E, WIDTH] or None
     weights,  # [tokens, COPIES]
     order,  # [count]
-    expert_of_row,  # [count]
+    offsets,  # [E], or None as bias
     grad_rows,  # [count, WIDTH]
     grad_weights,  # [tokens, COPIES] or None, 0 where a slot has no row
-    segments,  # fp32 [blocks + experts, WIDTH] or None
+    segments,  # fp32 [blocks, WIDTH] or None
     count,
     WIDTH: tl.constexpr,
     COPIES: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,  # of BLOCK, at once
     COLUMNS: tl.constexpr,
+    E: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     block = tl.program_id(0)
-    start = block.to(tl.int64) * ROWS
-    row = tl.arange(0, ROWS)
-    known = row < count - start
-    slot = tl.load(order + start + row, mask=known, other=0).to(tl.int64)
-    source = (slot // COPIES) * WIDTH
-    weight = tl.load(weights + slot, mask=known, other=0.0)
-    if bias is not None:
-        expert = tl.load(expert_of_row + start + row, mask=known, other=0).to(tl.int32)
-        first = tl.load(expert_of_row + start).to(tl.int32)
-        last = tl.load(expert_of_row + tl.minimum(start + ROWS, count) - 1).to(tl.int32)
-    product = tl.zeros([ROWS], tl.float32)
-    for at in range(0, WIDTH, COLUMNS):
-        column = at + tl.arange(0, COLUMNS)
+    number = tl.arange(0, EXPERTS)
+    begins = tl.zeros([EXPERTS], tl.int32)
+    ends = begins + count
+    if offsets is not None:
+        begins = tl.load(offsets + number - 1, mask=(number > 0) & (number < E), other=0)
+        ends = tl.load(offsets + number, mask=number < E, other=0)
+    expert, start, end, used = block_of_run(begins, ends, block, E, BLOCK)
+    if used:
+        column = tl.arange(0, COLUMNS)
         wanted = column < WIDTH
-        real = known[:, None] & wanted[None, :]
-        cell = start * WIDTH + (row[:, None] * WIDTH + column[None, :])
-        change = tl.load(grad + (source[:, None] + column[None, :]), mask=real, other=0.0).to(tl.float32)
-        if grad_weights is not None:
-            part = tl.load(rows + cell, mask=real, other=0.0).to(tl.float32)
-            if bias is not None:
-                part += tl.load(bias + (expert[:, None] * WIDTH + column[None, :]), mask=real, other=0.0).to(
-                    tl.float32
-                )
-            product += tl.sum(change * part, axis=1)
-        change = change * weight[:, None]
-        tl.store(grad_rows + cell, change.to(grad_rows.dtype.element_ty), mask=real)
+        if bias is not None:
+            added = tl.load(bias + expert * WIDTH + column, mask=wanted, other=0.0).to(tl.float32)[None, :]
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for first in tl.range(0, BLOCK, ROWS, num_stages=3):
+            row = first + tl.arange(0, ROWS)
+            known = row < end - start
+            real = known[:, None] & wanted[None, :]
+            slot = tl.load(order + start + row, mask=known, other=0).to(tl.int64)
+            weight = tl.load(weights + slot, mask=known, other=0.0)
+            source = (slot // COPIES) * WIDTH
+            cell = start * WIDTH + (row[:, None] * WIDTH + column[None, :])
+            change = tl.load(grad + (source[:, None] + column[None, :]), mask=real, other=0.0).to(tl.float32)
+            if grad_weights is not None:
+                part = tl.load(rows + cell, mask=real, other=0.0).to(tl.float32)
+                if bias is not None:
+                    part += added
+                tl.store(grad_weights + slot, tl.sum(change * part, axis=1), mask=known)
+            change = change * weight[:, None]
+            tl.store(grad_rows + cell, change.to(grad_rows.dtype.element_ty), mask=real)
+            total += change
         if segments is not None:
-            store_segments(segments, change, expert, first, last, block, column, WIDTH, wanted)
-    if grad_weights is not None:
-        tl.store(grad_weights + slot, product, mask=known)
+            tl.store(segments + block.to(tl.int64) * WIDTH + column, tl.sum(total, 0), mask=wanted)
+
+
+@triton.jit
+def _spread(
+    x,  # [tokens, WIDTH]
+    inverse,  # [tokens * COPIES], -1: no row
+    out,
+    tokens,
+    WIDTH: tl.constexpr,
+    COPIES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    CHUNKS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    token = (tl.program_id(0) // CHUNKS).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    column = (tl.program_id(0) % CHUNKS) * COLUMNS + tl.arange(0, COLUMNS)
+    known = token < tokens
+    wanted = (column < WIDTH)[None, :]
+    value = tl.load(x + (token[:, None] * WIDTH + column[None, :]), mask=known[:, None] & wanted, other=0.0)
+    for copy in tl.static_range(COPIES):
+        row = tl.load(inverse + token * COPIES + copy, mask=known, other=-1).to(tl.int64)
+        tl.store(out + (row[:, None] * WIDTH + column[None, :]), value, mask=(row >= 0)[:, None] & wanted)

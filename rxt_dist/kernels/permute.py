@@ -12,7 +12,7 @@ import torch
 from rxt_dist.kernels.triton_support import HAS_TRITON, uses_triton
 
 if HAS_TRITON:
-    from rxt_dist.kernels.combine_triton import combine_forward
+    from rxt_dist.kernels.combine_triton import combine_forward, spread_rows
 
 
 def permute_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -57,6 +57,8 @@ class _RepeatPermuted(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(inverse)
         ctx.copies, ctx.count = copies, x.shape[0]
+        if x.ndim == 2 and order.shape[0] and uses_triton(x):
+            return spread_rows(x.contiguous(), order.shape[0], inverse, copies)
         source = order if copies == 1 else torch.div(order, copies, rounding_mode="floor")
         return x.index_select(0, source)
 

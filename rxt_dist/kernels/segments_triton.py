@@ -16,15 +16,18 @@ import triton
 import triton.language as tl
 
 
-def blocks_of_runs(rows: int, block: int, experts: int) -> int:
-    """Enough programs for ``rows`` rows in blocks of ``block``, each of one expert; some have nothing to do."""
-    return (rows + block - 1) // block + experts
+def blocks_of_runs(rows: int, block: int, bias: torch.Tensor | None) -> tuple[int, dict[str, int]]:
+    """Enough programs for ``rows`` rows in blocks of ``block``, each of one expert (some have nothing to do),
+    and the constants E and EXPERTS of :func:`block_of_run`. ``bias``: [E, W] of the experts, if any."""
+    experts = 0 if bias is None else int(bias.shape[0])
+    constants = {"E": max(1, experts), "EXPERTS": max(32, 1 << (experts - 1).bit_length())}
+    return (rows + block - 1) // block + experts, constants
 
 
 def new_segments(rows: int, block: int, like: torch.Tensor) -> torch.Tensor:
     """Room for the segments of ``rows`` rows in blocks of ``block``, for sums ``like`` [E, W]; fp32."""
     experts, width = like.shape
-    return like.new_empty(blocks_of_runs(rows, block, experts), width, dtype=torch.float32)
+    return like.new_empty((rows + block - 1) // block + experts, width, dtype=torch.float32)
 
 
 def sum_segments(
@@ -44,19 +47,19 @@ def sum_segments(
 
 
 @triton.jit
-def block_of_run(offsets, block, E: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+def block_of_run(begins, ends, block, E: tl.constexpr, BLOCK: tl.constexpr):
     """Expert of ``block``, its first row, the end of the expert's rows, and whether it has a segment.
 
-    A block with a segment may have no rows: its first one is then the end.
+    ``begins``, ``ends``: of the rows of each expert, padded to a power of two. They are loaded by the kernel
+    itself: loaded here, the compiler would believe that the kernel writes to where they come from, as they
+    tell the places that it writes to. A block with a segment may have no rows: its first one is then the end.
     """
-    number = tl.arange(0, EXPERTS)
-    begins = tl.load(offsets + number - 1, mask=(number > 0) & (number < E), other=0)
+    number = tl.arange(0, begins.shape[0])
     expert = tl.sum(((number < E) & (begins // BLOCK + number <= block)).to(tl.int32), 0) - 1
-    begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(offsets + expert)
+    begin = tl.sum(tl.where(number == expert, begins, 0), 0)
+    end = tl.sum(tl.where(number == expert, ends, 0), 0)
     start = tl.minimum(begin + (block - begin // BLOCK - expert) * BLOCK, end)
-    used = (end > begin) & (block <= (end - 1) // BLOCK + expert)
-    return expert, start.to(tl.int64), end, used
+    return expert, start.to(tl.int64), end, (end > begin) & (block <= (end - 1) // BLOCK + expert)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ ROWS = {
     "one row": [0, 1, 0],
     "nothing for the first and last": [0, 0, 90, 0],
     "no rows": [0, 0, 0],
+    "dozens of experts": [1, 0, 3] * 14,
 }
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": lambda x: x * torch.sigmoid(x),
@@ -87,6 +88,7 @@ def plain_activation(hidden: torch.Tensor, activation: str, gated: bool) -> torc
         ("one row", 3, "gelu", False),
         ("nothing for the first and last", 16, "relu", False),
         ("no rows", 8, "silu", True),
+        ("dozens of experts", 6, "silu", True),
     ],
 )
 def test_activation_of_rows(
@@ -178,6 +180,8 @@ def shuffled(counts: list[int], slots: int | None = None) -> tuple[torch.Tensor,
         ("nothing for the first and last", 70, 10, 0),
         ("no rows", 8, 2, 0),
         ("no rows", 8, 2, 5),
+        ("dozens of experts", 9, 4, 3),
+        ("ends of blocks", 1100, 3, 0),
     ],
 )
 def test_weighted_sums_of_rows(
