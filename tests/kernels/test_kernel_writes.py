@@ -1,0 +1,49 @@
+"""What compiled code believes that kernels write to.
+
+It copies whatever it believes to be written before each call, inputs too, and splits graphs wrongly around
+an input that is. It believes so where a number from an argument comes out of a function and tells where to
+write.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import rxt_dist
+
+HELPER = Path(__file__).parent.parent / "helpers" / "kernel_writes.py"
+RESULTS = {
+    "activation._activate_backward": ["grad_hidden", "segments"],
+    "activation._activate_forward": ["out"],
+    "attention._backward": ["grad_k", "grad_q", "grad_v"],
+    "attention._forward": ["level", "out"],
+    "combine._combine_backward": ["grad_rows", "grad_weights", "segments"],
+    "combine._combine_forward": ["out"],
+    "combine._spread": ["out"],
+    "cross_entropy._gradient_of_part": ["logits"],
+    "cross_entropy._part_of_rows": ["numbers"],
+    "cross_entropy._whole_rows": ["hits", "logits", "losses"],
+    "order._add_blocks": ["ends", "first"],
+    "order._count": ["upto"],
+    "order._place": ["inverse", "order", "ordered"],
+    "rotary._rotate": ["out"],
+    "rotary._rotate_heads": ["k", "q", "v"],
+    "rotary._rotate_heads_back": ["heads"],
+    "router._choose": ["experts", "mass", "weights"],
+    "router._choose_backward": ["grad_logits"],
+    "segments._sum_segments": ["sums"],
+}
+
+
+def test_kernels_write_to_their_results_only() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(rxt_dist.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, HELPER], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == RESULTS
