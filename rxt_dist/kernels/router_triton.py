@@ -1,6 +1,6 @@
 """Routing in one kernel a pass: softmax, the K largest, their weights; and the gradient of all of it.
 
-Shape legend: N tokens, E experts, K experts a token visits; T tokens of a program.
+Shape legend: N tokens, E experts, K experts a token visits, C columns, T tokens of a program.
 """
 
 # ruff: noqa: N803 - constants of kernels
@@ -20,66 +20,83 @@ _LOW_BITS = tl.constexpr(2**13)  # what bf16 and fp16 leave 0 in fp32
 
 
 def route(
-    logits: torch.Tensor, selection_bias: torch.Tensor | None, top_k: int, eps: float
+    logits: torch.Tensor, selection_bias: torch.Tensor | None, num_experts: int, top_k: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The ``top_k`` experts of largest probability, or largest sum of probability and bias.
 
     Args:
-        logits: [N, E]; selection_bias: fp32 [E], or None; no gradient flows to it.
+        logits: [N, C], of which the first E columns count; gradients of the others are zeros.
+        selection_bias: fp32 [E], or None; no gradient flows to it.
         eps: added to the sum by which the chosen probabilities are divided.
 
     Returns:
         (weights fp32 [N, K]; experts int64 [N, K], largest first, the lowest of equals first, distinct and in
         range whatever the logits are, NaN too; probability of the chosen experts together, fp32 [N]).
     """
-    weights, experts, mass = _Route.apply(logits, selection_bias, top_k, eps)  # type: ignore[no-untyped-call]
+    weights, experts, mass = _Route.apply(  # type: ignore[no-untyped-call]
+        logits, selection_bias, num_experts, top_k, eps
+    )
     return weights, experts, mass
 
 
-def _sizes(experts: int, top_k: int) -> dict[str, int]:
-    columns = 1 << (experts - 1).bit_length()
+def _sizes(stride: int, experts: int, top_k: int) -> dict[str, int]:
+    columns = 1 << (stride - 1).bit_length()
     slots = 1 << (top_k - 1).bit_length()
     warps = 4 if columns <= 128 else 1  # a row within a warp: no sum waits for another one
     tokens = max(1, warps * _NUMBERS // columns)
-    return {"E": experts, "K": top_k, "COLUMNS": columns, "SLOTS": slots, "T": tokens, "num_warps": warps}
+    return {
+        "E": experts,
+        "K": top_k,
+        "STRIDE": stride,
+        "COLUMNS": columns,
+        "SLOTS": slots,
+        "T": tokens,
+        "num_warps": warps,
+    }
 
 
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, selection_bias: torch.Tensor | None, top_k: int, eps: float
+        ctx: Any,
+        logits: torch.Tensor,
+        selection_bias: torch.Tensor | None,
+        num_experts: int,
+        top_k: int,
+        eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = logits.contiguous()
         tokens = logits.shape[0]
         weights = logits.new_empty(tokens, top_k, dtype=torch.float32)
         experts = logits.new_empty(tokens, top_k, dtype=torch.int64)
         mass = logits.new_empty(tokens, dtype=torch.float32)
-        sizes = _sizes(logits.shape[1], top_k)
+        sizes = _sizes(logits.shape[1], num_experts, top_k)
         _choose[(max(1, -(-tokens // sizes["T"])),)](
             logits, selection_bias, weights, experts, mass, tokens, EPS=eps, **sizes
         )
         ctx.save_for_backward(logits, experts)
-        ctx.eps = eps
+        ctx.num_experts, ctx.eps = num_experts, eps
         ctx.mark_non_differentiable(experts)
         return weights, experts, mass
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         logits, experts = ctx.saved_tensors
         tokens = logits.shape[0]
         out = torch.empty_like(logits)
-        sizes = _sizes(logits.shape[1], experts.shape[1])
+        sizes = _sizes(logits.shape[1], ctx.num_experts, experts.shape[1])
         _choose_backward[(max(1, -(-tokens // sizes["T"])),)](
             logits, experts, grads[0].contiguous(), grads[2].contiguous(), out, tokens, EPS=ctx.eps, **sizes
         )
-        return out, None, None, None
+        return out, None, None, None, None
 
 
 @triton.jit
-def _logits(logits, row, column, tokens, E: tl.constexpr):
+def _logits(logits, row, column, tokens, E: tl.constexpr, STRIDE: tl.constexpr):
     """fp32 [T, COLUMNS]: rows beyond ``tokens`` are zeros, columns beyond E minus infinity."""
-    real = (row < tokens)[:, None] & (column < E)[None, :]
-    x = tl.load(logits + row[:, None].to(tl.int64) * E + column[None, :], mask=real, other=0.0)
+    # All columns are read, as many of them at once as their number can be divided by.
+    real = (row < tokens)[:, None] & (column < STRIDE)[None, :]
+    x = tl.load(logits + row[:, None].to(tl.int64) * STRIDE + column[None, :], mask=real, other=0.0)
     return tl.where((column < E)[None, :], x.to(tl.float32), float("-inf"))
 
 
@@ -92,9 +109,9 @@ def _ordered(x):
 
 
 @triton.jit
-def _probabilities(logits, row, expert, real, largest, norm, E: tl.constexpr):
+def _probabilities(logits, row, expert, real, largest, norm, STRIDE: tl.constexpr):
     """Of the ``expert`` s [T, SLOTS] of each row; 0 where they are not ``real``."""
-    x = tl.load(logits + row[:, None].to(tl.int64) * E + expert, mask=real, other=0.0).to(tl.float32)
+    x = tl.load(logits + row[:, None].to(tl.int64) * STRIDE + expert, mask=real, other=0.0).to(tl.float32)
     return tl.where(real, tl.exp(x - largest[:, None]) * norm[:, None], 0.0)
 
 
@@ -109,6 +126,7 @@ def _choose(
     EPS: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
+    STRIDE: tl.constexpr,
     COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
     T: tl.constexpr,
@@ -116,7 +134,7 @@ def _choose(
     row = tl.program_id(0) * T + tl.arange(0, T)
     column = tl.arange(0, COLUMNS)
     slot = tl.arange(0, SLOTS)
-    x = _logits(logits, row, column, tokens, E)
+    x = _logits(logits, row, column, tokens, E, STRIDE)
     largest = tl.max(x, 1)
     powers = tl.exp(x - largest[:, None])
     norm = 1.0 / tl.sum(powers, 1)
@@ -144,7 +162,7 @@ def _choose(
 
     known = row < tokens
     real = known[:, None] & (slot < K)[None, :]
-    top = _probabilities(logits, row, chosen, real, largest, norm, E)
+    top = _probabilities(logits, row, chosen, real, largest, norm, STRIDE)
     total = tl.sum(top, 1)
     place = row[:, None].to(tl.int64) * K + slot[None, :]
     tl.store(weights + place, top / (total + EPS)[:, None], mask=real)
@@ -163,6 +181,7 @@ def _choose_backward(
     EPS: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
+    STRIDE: tl.constexpr,
     COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
     T: tl.constexpr,
@@ -173,7 +192,7 @@ def _choose_backward(
     column = tl.arange(0, COLUMNS)
     slot = tl.arange(0, SLOTS)
     known = row < tokens
-    x = _logits(logits, row, column, tokens, E)
+    x = _logits(logits, row, column, tokens, E, STRIDE)
     largest = tl.max(x, 1)
     x = tl.exp(x - largest[:, None])
     norm = 1.0 / tl.sum(x, 1)
@@ -182,7 +201,7 @@ def _choose_backward(
     place = first[:, None] + slot[None, :]
     real = known[:, None] & (slot < K)[None, :]
     expert = tl.load(experts + place, mask=real, other=0)
-    chosen = _probabilities(logits, row, expert, real, largest, norm, E)
+    chosen = _probabilities(logits, row, expert, real, largest, norm, STRIDE)
     slope = tl.load(grad_weights + place, mask=real, other=0.0)
     scale = 1.0 / (tl.sum(chosen, 1) + EPS)
     shift = tl.load(grad_mass + row, mask=known, other=0.0) - tl.sum(slope * chosen, 1) * scale * scale
@@ -195,9 +214,9 @@ def _choose_backward(
         slope = tl.load(grad_weights + first + k, mask=known, other=0.0)
         grad = tl.where(column[None, :] == one[:, None], (slope * scale + shift)[:, None], grad)
     grad *= x * norm[:, None]
-    spot = row[:, None].to(tl.int64) * E + column[None, :]
+    spot = row[:, None].to(tl.int64) * STRIDE + column[None, :]
     tl.store(
         grad_logits + spot,
         grad.to(grad_logits.dtype.element_ty),
-        mask=known[:, None] & (column < E)[None, :],
+        mask=known[:, None] & (column < STRIDE)[None, :],
     )

@@ -55,6 +55,16 @@ class Encoder(nn.Module):
     def forward(
         self, tokens: torch.Tensor, layout: SequenceLayout, memory: Memory | None = None
     ) -> torch.Tensor:
+        return torch.stack(self.outputs(tokens, layout, memory))
+
+    def outputs(
+        self, tokens: torch.Tensor, layout: SequenceLayout, memory: Memory | None = None
+    ) -> list[torch.Tensor]:
+        """The residual stream [N, D] after each layer.
+
+        For losses of the last one alone: taken from all layers in one tensor, its gradient would be as large
+        as that tensor, and zeros would be added to the gradient of every other layer.
+        """
         x = self.embedding(tokens)
         rotation = (
             None if self.rope is None else self.rope.rotation(layout.positions, self.head_width, x.dtype)
@@ -67,4 +77,4 @@ class Encoder(nn.Module):
         for layer, state in zip(self.layers, states, strict=True):
             x, _ = layer(x, layout.self_attention, rotation, state, rows)
             outputs.append(x)
-        return torch.stack(outputs)
+        return outputs

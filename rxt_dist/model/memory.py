@@ -22,15 +22,15 @@ class Memory:
     """Memory rows for every decoder layer, and which tokens read which rows.
 
     Attributes:
-        states: [L, M, D], or the keys and values that every layer made of it.
+        states: [L, M, D], in one tensor or layer by layer, or the keys and values that every layer made.
         layout: query rows are the decoder's tokens, key rows the M memory rows.
     """
 
-    states: torch.Tensor | Sequence[KeysValues]
+    states: torch.Tensor | Sequence[torch.Tensor] | Sequence[KeysValues]
     layout: AttentionLayout
 
     @classmethod
-    def of_sequence(cls, layers: torch.Tensor, layout: SequenceLayout) -> Memory:
+    def of_sequence(cls, layers: torch.Tensor | Sequence[torch.Tensor], layout: SequenceLayout) -> Memory:
         """Each sequence reads its own encoder outputs ``layers`` [L, N, D], all of its positions."""
         cu = layout.cu_seqlens
         return cls(layers, AttentionLayout(cu, cu, layout.max_seqlen, layout.max_seqlen))

@@ -41,8 +41,11 @@ class SlicedEncoder(Encoder):
         return _norm_parameters(self)
 
     def forward(self, tokens: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        own = super().forward(tokens, *arguments).transpose(0, 1)  # [n, L, D]
+        own = torch.stack(super().outputs(tokens, *arguments), dim=1)  # [n, L, D]
         return join_slices(own, tokens.shape[0], self._tensor.ranks).transpose(0, 1)
+
+    def outputs(self, tokens: torch.Tensor, *arguments: Any) -> list[torch.Tensor]:
+        return list(self.forward(tokens, *arguments).unbind(0))
 
 
 class SlicedDecoder(Decoder):
@@ -62,8 +65,12 @@ class SlicedDecoder(Decoder):
         self, tokens: torch.Tensor, layout: SequenceLayout, memory: Memory | None, cache: Any = None
     ) -> DecoderOutput:
         if memory is not None:
-            assert isinstance(memory.states, torch.Tensor)
-            memory = replace(memory, states=_divide(memory.states, self._tensor))
+            states = memory.states
+            if isinstance(states, torch.Tensor):
+                memory = replace(memory, states=_divide(states, self._tensor))
+            else:
+                layers = [rows[None] for rows in states if isinstance(rows, torch.Tensor)]
+                memory = replace(memory, states=[_divide(rows, self._tensor)[0] for rows in layers])
         own = super().forward(tokens, layout, memory, cache)
         group = self._tensor.ranks
         output = replace(own, hidden=join_slices(own.hidden, tokens.shape[0], group))

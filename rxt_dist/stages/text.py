@@ -10,7 +10,7 @@ Shape legend: N tokens, D embedding width, L decoder layers with memory, S memor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -68,7 +68,7 @@ class TextStageModule(StageModule):
         terms: dict[str, Term] = {}
         layers = None
         if self.with_encoder:
-            layers = self.encoder(batch.masked_tokens, batch.layout)
+            layers = self.encoder.outputs(batch.masked_tokens, batch.layout)
             loss, correct = self.mlm_head(take_rows(layers[-1], batch.masked_index), batch.masked_targets)
             terms["mlm_loss"] = Term(loss, "masked")
             terms["mlm_accuracy"] = Term(correct, "masked")
@@ -84,9 +84,9 @@ class TextStageModule(StageModule):
         return terms
 
     def memory(
-        self, layers: torch.Tensor | None, layout: SequenceLayout, token_keys: torch.Tensor | None
+        self, layers: Sequence[torch.Tensor] | None, layout: SequenceLayout, token_keys: torch.Tensor | None
     ) -> Memory:
-        """Memory the decoder reads: detached encoder layers [L, N, D], or the constant initial STM.
+        """Memory the decoder reads: detached encoder layers, L of [N, D], or the constant initial STM.
 
         While training, slots are dropped and noise is added as the stage says; both are pure functions
         of ``token_keys`` [N] and the layer.
@@ -95,9 +95,10 @@ class TextStageModule(StageModule):
             assert self._constant_stm is not None
             weight = next(self.decoder.parameters())
             return Memory.of_stm(self._constant_stm.to(weight), layout)
-        states = layers.detach()
-        if self.training and token_keys is not None:
-            states = self._disturb(states, token_keys)
+        states = [layer.detach() for layer in layers]
+        stage = self.stage
+        if self.training and token_keys is not None and (stage.slot_dropout > 0 or stage.noise_level > 0):
+            return Memory.of_sequence(self._disturb(torch.stack(states), token_keys), layout)
         return Memory.of_sequence(states, layout)
 
     @property
@@ -109,7 +110,7 @@ class TextStageModule(StageModule):
 
         The memory is what training would have given: the encoder's layers of the tokens so far.
         """
-        layers = self.encoder(tokens, layout) if self.with_encoder else None
+        layers = self.encoder.outputs(tokens, layout) if self.with_encoder else None
         output = self.decoder(tokens, layout, self.memory(layers, layout, None))
         last = layout.cu_seqlens[1:].long() - 1
         logits: torch.Tensor = self.decoder.lm_head(output.hidden[last])

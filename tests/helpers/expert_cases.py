@@ -338,7 +338,9 @@ class PlainRouter:
         self.logits: list[torch.Tensor] = []
         """[N, E] of every pass of the step, with their graph."""
         self.shares = [1.0 / moe.config.num_experts] * moe.config.num_experts
-        moe.router.proj.register_forward_hook(lambda module, arguments, out: self.logits.append(out))
+        moe.router.proj.register_forward_hook(
+            lambda module, arguments, out: self.logits.append(out[:, : moe.config.num_experts])
+        )
 
     def switch(self) -> torch.Tensor:
         """E times the sum over experts of the share of the step before and the mean probability now."""

@@ -32,26 +32,30 @@ def by_definition(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "count", "top_k", "biased", "dtype"),
+    ("tokens", "count", "columns", "top_k", "biased", "dtype"),
     [
-        (40, 36, 6, False, torch.float32),  # more than one program
-        (33, 36, 6, True, torch.bfloat16),
-        (2, 300, 10, False, torch.bfloat16),  # a row fills a warp
-        (2, 300, 10, True, torch.float32),
-        (3, 5, 5, False, torch.float32),
-        (1, 5, 2, True, torch.float32),
-        (2, 1, 1, False, torch.float32),
-        (0, 4, 2, True, torch.float32),
+        (40, 36, 40, 6, False, torch.float32),  # more than one program
+        (33, 36, 36, 6, True, torch.bfloat16),
+        (35, 36, 40, 6, False, torch.bfloat16),
+        (2, 300, 304, 10, False, torch.bfloat16),  # a row fills a warp
+        (2, 300, 300, 10, True, torch.float32),
+        (3, 5, 11, 5, False, torch.float32),
+        (1, 5, 8, 2, True, torch.float32),
+        (2, 1, 1, 1, False, torch.float32),
+        (0, 4, 8, 2, True, torch.float32),
     ],
 )
-def test_route(tokens: int, count: int, top_k: int, biased: bool, dtype: torch.dtype) -> None:
+def test_route(tokens: int, count: int, columns: int, top_k: int, biased: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(tokens)
-    logits = torch.randn(tokens, count, generator=generator).mul(2).to(dtype).requires_grad_()
+    aligned = torch.randn(tokens, columns, generator=generator).mul(2).to(dtype)
+    aligned[:, count:] += 9  # which nobody chooses
+    logits = aligned[:, :count].clone()
+    aligned.requires_grad_()
     bias = torch.randn(count, generator=generator) * 0.02 if biased else None
-    weights, experts, mass = route(logits, bias, top_k, EPS)
+    weights, experts, mass = route(aligned, bias, count, top_k, EPS)
     assert (weights.dtype, experts.dtype, mass.dtype) == (torch.float32, torch.int64, torch.float32)
 
-    exact = logits.detach().double().requires_grad_()
+    exact = logits.double().requires_grad_()
     expected_weights, expected_mass, probabilities = by_definition(exact, experts)
     scores = probabilities.detach() if bias is None else probabilities.detach() + bias
     best = scores.sort(dim=1, descending=True).values[:, :top_k]
@@ -63,14 +67,16 @@ def test_route(tokens: int, count: int, top_k: int, biased: bool, dtype: torch.d
     slopes = [torch.randn(x.shape, generator=generator) for x in (weights, mass)]
     torch.autograd.backward([weights, mass], slopes)
     torch.autograd.backward([expected_weights, expected_mass], [slope.double() for slope in slopes])
-    assert logits.grad.dtype == dtype
-    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=TOLERANCE[dtype], atol=1e-6)
+    assert aligned.grad.dtype == dtype
+    found = aligned.grad[:, :count].double()
+    torch.testing.assert_close(found, exact.grad, rtol=TOLERANCE[dtype], atol=1e-6)
+    assert not aligned.grad[:, count:].any()
 
 
 def test_a_loss_of_the_weights_or_of_the_mass_alone() -> None:
     logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for chosen in (0, 1):
-        found = route(logits, None, 3, EPS)
+        found = route(logits, None, 6, 3, EPS)
         expected = by_definition(exact := logits.detach().double().requires_grad_(), found[1])[chosen]
         (gradient,) = torch.autograd.grad(found[2 * chosen].square().sum(), logits)
         (wanted,) = torch.autograd.grad(expected.square().sum(), exact)
@@ -79,10 +85,10 @@ def test_a_loss_of_the_weights_or_of_the_mass_alone() -> None:
 
 def test_of_equal_scores_the_lowest_expert_comes_first() -> None:
     logits = torch.tensor([[0.0] * 7, [1.0, 3.0, 1.0, 3.0, 1.0, 3.0, 2.0], [0.0] * 5 + [200.0, 0.0]])
-    experts = route(logits, None, 4, EPS)[1]
+    experts = route(logits, None, 7, 4, EPS)[1]
     assert experts.tolist() == [[0, 1, 2, 3], [1, 3, 5, 6], [5, 0, 1, 2]]
     level = torch.tensor([-0.5, -0.5, -1.0, -0.2, -1.0, -0.2, -3.0])  # scores below 0
-    assert route(torch.zeros(1, 7), level, 6, EPS)[1].tolist() == [[3, 5, 0, 1, 2, 4]]
+    assert route(torch.zeros(1, 7), level, 7, 6, EPS)[1].tolist() == [[3, 5, 0, 1, 2, 4]]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,7 @@ def test_experts_of_any_logits_are_distinct_and_in_range(biased: bool, dtype: to
     wild[4], wild[5, 7] = torch.tensor([-1, -1], dtype=all_bits).view(dtype)  # NaN too
     bias = torch.zeros(8)
     bias[2] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
-    weights, experts, _ = route(wild, bias if biased else None, 8, EPS)
+    weights, experts, _ = route(wild, bias if biased else None, 8, 8, EPS)
     assert experts.sort(dim=1).values.tolist() == [list(range(8))] * 7
     assert torch.isfinite(weights[6]).all()
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_samples import perturb
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rxt_dist.config import MoEConfig
 from rxt_dist.model.feedforward import FeedForward
 from rxt_dist.model.initialisation import initialise
-from rxt_dist.model.moe import ExpertOrder, Experts, MoE, SharedExperts
+from rxt_dist.model.moe import ExpertOrder, Experts, MoE, Router, SharedExperts
 
 D, HIDDEN, E = 16, 12, 5
 
@@ -228,3 +229,31 @@ def test_bf16_routes_by_fp32_probabilities() -> None:
     out, balance = balanced(moe)(torch.randn(6, D, dtype=torch.bfloat16))
     assert out.dtype == torch.bfloat16
     assert balance.dtype == torch.float32
+
+
+class _Products(TorchDispatchMode):
+    """Sizes of the matrices that are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.mm:
+            self.sizes += [*args[0].shape, args[1].shape[1]]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("experts", [1, 8, 36])
+def test_products_of_the_router_have_aligned_rows(experts: int) -> None:
+    router = Router(D, experts, 1)
+    x = torch.randn(24, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with _Products() as products:
+        logits = router(x).logits
+        logits.sum().backward()
+    assert len(products.sizes) == 9  # of a forward and two backward products
+    assert all(size % 8 == 0 for size in products.sizes)
+    assert router.proj.weight.shape == (experts, D)
+    torch.testing.assert_close(logits, x @ router.proj.weight.T)
+    torch.testing.assert_close(x.grad, router.proj.weight.sum(0).expand(24, -1))
+    torch.testing.assert_close(router.proj.weight.grad, x.sum(0).expand(experts, -1))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from stage_samples import MASK, PIECES, RandomPieces, batch_of, run_config, sample_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rxt_dist.config import RunConfig
 from rxt_dist.data.batch import TextBatch
@@ -200,6 +203,33 @@ def memory_states(stage: StageModule, batch: TextBatch) -> torch.Tensor:
     """The memory [L, N, D] that the decoder of ``stage`` reads."""
     layers = stage.encoder(batch.masked_tokens, batch.layout)
     return stage.memory(layers, batch.layout, batch.token_keys).states
+
+
+class _Results(TorchDispatchMode):
+    """Shapes of the tensors that operators give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[torch.Size] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.shapes |= {x.shape for x in tree_leaves(found) if isinstance(x, torch.Tensor)}
+        return found
+
+
+@pytest.mark.parametrize(("changes", "whole"), [((), False), (DISTURBED, True)])
+def test_the_layers_of_the_encoder_are_not_copied(changes: tuple[str, ...], whole: bool) -> None:
+    """Nor are their gradients; a memory that is disturbed is a copy anyway."""
+    stage, batch = stage_of(run_config(*changes)), batch_of(ALL)
+    every_layer = torch.Size([2, len(batch.tokens), 32])
+    with _Results() as results:
+        terms = stage.terms(batch)
+    assert (every_layer in results.shapes) == whole
+    with _Results() as results:
+        (terms["mlm_loss"].total + terms["ar_loss"].total).backward()
+    assert results.shapes
+    assert every_layer not in results.shapes
 
 
 def test_noise_and_slot_dropout_are_functions_of_the_token_alone() -> None:
