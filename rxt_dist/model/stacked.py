@@ -45,9 +45,9 @@ class StackedLinear(Stacked):
     def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         weight = self.weight if dtype is None else self.weight.to(dtype)
         rows = x.to(weight.dtype).expand(weight.shape[0], -1, -1)
-        if self.bias is None:
-            return torch.bmm(rows, weight.mT)
-        return torch.baddbmm(self.bias.to(weight.dtype)[:, None], rows, weight.mT)
+        out = torch.bmm(rows, weight.mT)
+        # Not baddbmm: on a GPU it writes the bias into every row of the result first, and reads it again.
+        return out if self.bias is None else out + self.bias.to(weight.dtype)[:, None]
 
 
 class StackedRMSNorm(Stacked):

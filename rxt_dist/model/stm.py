@@ -5,10 +5,17 @@ Shape legend: L memory layers, B conversations, S STM slots, D embedding width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rxt_dist.config import ModelConfig
+from rxt_dist.kernels.compilation import compiled
+from rxt_dist.kernels.triton_support import HAS_TRITON, uses_triton
 from rxt_dist.randomness import derive_key, fold_in_tensor, normal_tensor, signed_key, uniform_tensor
+
+if HAS_TRITON:
+    from rxt_dist.kernels.random_triton import CONSTANT, NORMAL, UNIFORM, with_draws
 
 
 def initial_stm(config: ModelConfig, seed: int) -> torch.Tensor:
@@ -34,3 +41,38 @@ def draw_stm(config: ModelConfig, keys: torch.Tensor) -> torch.Tensor:
         return uniform_tensor(fold_in_tensor(row_keys.unsqueeze(-1), columns)) * init.scale
     normal = normal_tensor(row_keys, width)
     return normal if init.distribution == "standard" else normal * init.scale
+
+
+def redraw_stm(
+    config: ModelConfig, stm: torch.Tensor, where: torch.Tensor, keys: torch.Tensor
+) -> torch.Tensor:
+    """``stm`` [L, B, S, D]; in lanes ``where`` bool [B] what :func:`draw_stm` makes of ``keys`` int64 [B]."""
+    if uses_triton(stm) and stm.numel():
+        out: torch.Tensor = _Redraw.apply(stm, where, keys, config)  # type: ignore[no-untyped-call]
+        return out
+    return _with_fresh(stm, where, keys, config)
+
+
+class _Redraw(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, stm: torch.Tensor, where: torch.Tensor, keys: torch.Tensor, config: ModelConfig
+    ) -> torch.Tensor:
+        init = config.stm_init
+        kinds = {"zeros": (CONSTANT, 0.0), "ones": (CONSTANT, 1.0), "standard": (NORMAL, 1.0)}
+        kinds |= {"normal": (NORMAL, init.scale), "uniform": (UNIFORM, init.scale)}
+        ctx.save_for_backward(where)
+        return with_draws(stm.contiguous(), where, keys, *kinds[init.distribution])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (where,) = ctx.saved_tensors
+        return grads[0].masked_fill(where.view(1, -1, 1, 1), 0.0), None, None, None
+
+
+@compiled
+def _with_fresh(
+    stm: torch.Tensor, where: torch.Tensor, keys: torch.Tensor, config: ModelConfig
+) -> torch.Tensor:
+    """Nothing of the draws of other lanes is kept."""
+    return torch.where(where.view(1, -1, 1, 1), draw_stm(config, keys).to(stm), stm)

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from rxt_dist.config import ModelConfig, RunConfig
+from rxt_dist.config import RunConfig
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
-from rxt_dist.kernels.compilation import compiled
 from rxt_dist.kernels.cross_entropy import repeated_later
 from rxt_dist.model import RxTModel
 from rxt_dist.model.memory_attention import GateValues
-from rxt_dist.model.stm import draw_stm, initial_stm
+from rxt_dist.model.stm import draw_stm, initial_stm, redraw_stm
 from rxt_dist.randomness import derive_key, fold_in_tensor, signed_key
 from rxt_dist.stages.base import StageModule
 from rxt_dist.stages.expert_statistics import not_counted
@@ -48,16 +47,8 @@ class FreshMemory:
     def reset(self, stm: torch.Tensor, where: torch.Tensor, visits: torch.Tensor) -> torch.Tensor:
         """``stm`` [L, b, S, D], with the initial one of ``visits`` int64 [b] in lanes ``where`` bool [b]."""
         if self._shared is None:
-            return _with_fresh(stm, where, fold_in_tensor(visits, self._key), self._model)
+            return redraw_stm(self._model, stm, where, fold_in_tensor(visits, self._key))
         return torch.where(where.view(1, -1, 1, 1), self.draw(visits).to(stm), stm)
-
-
-@compiled
-def _with_fresh(
-    stm: torch.Tensor, where: torch.Tensor, keys: torch.Tensor, model: ModelConfig
-) -> torch.Tensor:
-    """``stm`` with draws by ``keys`` int64 [b]: nothing of the draws of other lanes is kept."""
-    return torch.where(where.view(1, -1, 1, 1), draw_stm(model, keys).to(stm), stm)
 
 
 Sums = tuple[torch.Tensor, ...]

@@ -14,14 +14,15 @@ from rxt_dist.config import RunConfig, SpecialTokens, StageConfig
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch
 from rxt_dist.kernels.attention import AttentionLayout
 from rxt_dist.kernels.compilation import compiled, recording
+from rxt_dist.kernels.noise import with_noise
 from rxt_dist.model import RxTModel, SequenceLayout
 from rxt_dist.randomness import derive_key, fold_in_tensor, normal_tensor, signed_key, uniform_tensor
 from rxt_dist.stages.base import NEVER, Term, layer_keys
 from rxt_dist.stages.lane_stage import LaneStageModule, Positions, Sums, add_sums
+from rxt_dist.stages.write_losses import COSINE_EPS, write_losses
 
 # Published weights of the new data: 0.9 for a conversation's first interaction, then 0.5 falling by 0.05.
 _FIRST_WEIGHT, _BASE_WEIGHT, _WEIGHT_STEP = 0.9, 0.5, 0.05
-_COSINE_EPS = 1e-8
 
 
 class MemoryAttentionModule(LaneStageModule):
@@ -62,14 +63,18 @@ class MemoryAttentionModule(LaneStageModule):
         """The STM after ``at``, the gate sums, and the sums of :meth:`advance`."""
         with recording(False, training=self.training):
             layers, padded = self._encode(at)
-        noise = self._noise_keys("noise", self.stage.noise_level, at.token_keys)
-        noisy = layers if noise is None else _with_noise(layers, noise, self.stage.noise_level)
+        noisy = layers
+        if (keys := self._noise_keys("noise", self.stage.noise_level, at.token_keys)) is not None:
+            noisy = with_noise(layers, keys, self.stage.noise_level)
         after, gates = self.write_encoded(stm, noisy, at)
-        label_stm = stm.detach()
-        distance = self._distance(after, label_stm, layers, at)
+        level = self.stage.label_noise_level
+        noise = self._noise_keys("label_noise", level, at.token_keys)
+        weights, factors = self.label_weights(at), torch.sqrt(at.numbers + 1.0)
+        distance, difference = write_losses(
+            after, stm, layers, weights, factors, at.layout, at.present, noise, level
+        )
         if self.stage.unused_slots != "ignored":
-            distance = distance + self._unused_distance(after, label_stm, padded, at)
-        difference = _difference(after, stm, torch.sqrt(at.numbers + 1.0))
+            distance = distance + self._unused_distance(after, stm.detach(), padded, at)
         return after, gates, (distance, difference)
 
     def run(
@@ -114,25 +119,11 @@ class MemoryAttentionModule(LaneStageModule):
             return None
         return layer_keys(keys, purpose, self.memory_attention.layers)
 
-    def _distance(
-        self, after: torch.Tensor, before: torch.Tensor, layers: torch.Tensor, at: LaneInteractions
-    ) -> torch.Tensor:
-        """Negative cosine between memory and label, summed over slots that have a token, mean over layers.
-
-        ``after``, ``before`` [L, b, S, D]; ``layers`` [L, N, D]. Slot s of a lane belongs to the token at
-        position s; slots without one, and tokens beyond the last slot, are left out.
-        """
-        level = self.stage.label_noise_level
-        noise = self._noise_keys("label_noise", level, at.token_keys)
-        lanes, positions = at.layout.sequence_ids, at.layout.positions
-        weights = self.label_weights(at)
-        return _token_distance(after, before, layers, weights, lanes, positions, at.present, noise, level)
-
     def _unused_distance(
         self, after: torch.Tensor, before: torch.Tensor, padded: torch.Tensor | None, at: LaneInteractions
     ) -> torch.Tensor:
-        """The same over slots that have no token: their label is the memory before, or with ``padded``
-        [L, b, T, D] its weighted mean with the encoding of padding."""
+        """The distance of :func:`write_losses` over slots that have no token: their label is the memory
+        before, or with ``padded`` [L, b, T, D] its weighted mean with the encoding of padding."""
         level = self.stage.label_noise_level
         slots = torch.arange(self.stm_size, device=after.device)
         lane_keys = fold_in_tensor(fold_in_tensor(at.visits, self._slot_key), at.numbers)
@@ -140,41 +131,6 @@ class MemoryAttentionModule(LaneStageModule):
         noise = self._noise_keys("label_noise", level, keys)
         unused = (slots >= at.layout.cu_seqlens.diff().unsqueeze(1)) & at.present.unsqueeze(1)
         return _slot_distance(after, before, padded, self.label_weights(at), unused, noise, level)
-
-
-@compiled
-def _with_noise(values: torch.Tensor, keys: torch.Tensor, level: float) -> torch.Tensor:
-    """``values`` [L, N, D] with noise of standard deviation ``level``, by ``keys`` [L, N]."""
-    return values + (normal_tensor(keys, values.shape[-1]) * level).to(values.dtype)
-
-
-@compiled
-def _difference(after: torch.Tensor, before: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Mean square of what changed in each lane of [L, b, S, D], times ``scale`` [b], summed."""
-    return ((after - before) ** 2).mean(dim=(0, 2, 3)).mul(scale).sum()
-
-
-@compiled
-def _token_distance(
-    after: torch.Tensor,
-    before: torch.Tensor,
-    layers: torch.Tensor,
-    weights: torch.Tensor,
-    lanes: torch.Tensor,
-    positions: torch.Tensor,
-    present: torch.Tensor,
-    noise: torch.Tensor | None,
-    level: float,
-) -> torch.Tensor:
-    """See :meth:`MemoryAttentionModule._distance`; lane, position and noise keys of every token."""
-    slots = positions.clamp(max=after.shape[2] - 1)
-    new = weights[lanes].unsqueeze(-1)
-    label = (1.0 - new) * before[:, lanes, slots] + new * layers.to(before.dtype)
-    if noise is not None:
-        label = label + normal_tensor(noise, label.shape[-1]) * level
-    cosine = F.cosine_similarity(after[:, lanes, slots], label, dim=-1, eps=_COSINE_EPS)
-    counted = (positions < after.shape[2]) & present[lanes]
-    return -torch.where(counted, cosine, 0.0).mean(dim=0).sum()
 
 
 @compiled
@@ -194,7 +150,7 @@ def _slot_distance(
         label = (1.0 - new) * before + new * padded[:, :, : before.shape[2]].to(before.dtype)
     if noise is not None:
         label = label + (normal_tensor(noise, label.shape[-1]) * level).view(label.shape)
-    cosine = F.cosine_similarity(after, label, dim=-1, eps=_COSINE_EPS)
+    cosine = F.cosine_similarity(after, label, dim=-1, eps=COSINE_EPS)
     return -torch.where(unused, cosine, 0.0).mean(dim=0).sum()
 
 

@@ -17,10 +17,11 @@ from torch import nn
 
 from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.data.batch import TextBatch
+from rxt_dist.kernels.noise import with_noise
 from rxt_dist.kernels.permute import take_rows
 from rxt_dist.model import Memory, RxTModel, SequenceLayout
 from rxt_dist.model.stm import initial_stm
-from rxt_dist.randomness import normal_tensor, uniform_tensor
+from rxt_dist.randomness import uniform_tensor
 from rxt_dist.stages.base import StageModule, Term, layer_keys, router_weights, uses
 
 
@@ -124,6 +125,5 @@ class TextStageModule(StageModule):
             states = states * kept.unsqueeze(-1)
         if stage.noise_level > 0:
             keys = layer_keys(token_keys, "noise", states.shape[0])
-            noise = normal_tensor(keys, states.shape[-1]) * stage.noise_level
-            states = states + noise.to(states.dtype)
+            states = with_noise(states, keys, stage.noise_level)
         return states

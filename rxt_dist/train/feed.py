@@ -117,7 +117,10 @@ class LaneFeed(Feed):
 
     def carry(self, batch: WindowBatch, stm: torch.Tensor | None) -> None:
         assert stm is not None
-        self._stm[:, self._columns(batch)] = stm.detach()
+        if stm.shape[1] == self._stm.shape[1]:
+            self._stm = stm.detach()
+        else:
+            self._stm[:, self._columns(batch)] = stm.detach()
 
     def fragments(self) -> dict[str, Fragment]:
         numel = self._stm[:, 0].numel()
