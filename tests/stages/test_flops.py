@@ -16,6 +16,7 @@ from rxt_dist.config.run import ANSWER_STAGES
 from rxt_dist.kernels import attention as attention_kernel
 from rxt_dist.kernels import cross_entropy, grouped_gemm
 from rxt_dist.kernels.attention import AttentionLayout
+from rxt_dist.model import moe
 from rxt_dist.stages import StageModule, build_stage
 from rxt_dist.stages.flops import batch_flops
 
@@ -129,6 +130,12 @@ def early(monkeypatch: pytest.MonkeyPatch) -> Early:
 
     monkeypatch.setattr(cross_entropy.ProjectionGradients, "add", counted)
     return found
+
+
+@pytest.fixture(autouse=True)
+def without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The zeros behind a router's logits are no operations that a step needs."""
+    monkeypatch.setattr(moe, "_ALIGNED_OUTPUTS", 1)
 
 
 def counter() -> FlopCounterMode:
