@@ -97,8 +97,7 @@ class _RotateHeads(torch.autograd.Function):
         ctx.heads = query_heads, kv_heads
         q = heads.new_empty(rows, query_heads, width)
         k, v = (heads.new_empty(rows, kv_heads, width) for _ in range(2))
-        height, sizes = _sizes(query_heads, kv_heads, width)
-        _rotate_heads[(max(1, -(-rows // height)),)](heads, q, k, v, cos, sin, rows, T=height, **sizes)
+        _turn_heads(heads, q, k, v, cos, sin, inverse=False)
         return q, k, v
 
     @staticmethod
@@ -108,9 +107,25 @@ class _RotateHeads(torch.autograd.Function):
         query_heads, kv_heads = ctx.heads
         rows, _, width = q.shape
         out = q.new_empty(rows, query_heads + 2 * kv_heads, width)
-        height, sizes = _sizes(query_heads, kv_heads, width)
-        _rotate_heads_back[(max(1, -(-rows // height)),)](q, k, v, out, cos, sin, rows, T=height, **sizes)
+        _turn_heads(out, q, k, v, cos, sin, inverse=True)
         return out, None, None, None, None
+
+
+def _turn_heads(
+    heads: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    inverse: bool,
+) -> None:
+    """Fill ``q``, ``k`` and ``v`` from ``heads``, or with ``inverse`` these from them."""
+    rows, query_heads, width = q.shape
+    height, sizes = _sizes(query_heads, k.shape[1], width)
+    grid = (max(1, -(-rows // height)),)
+    _rotate_heads[grid](heads, q, k, v, cos, sin, rows, INVERSE=inverse, T=height, **sizes)
 
 
 def _sizes(query_heads: int, kv_heads: int, width: int) -> tuple[int, dict[str, int]]:
@@ -252,6 +267,7 @@ def _rotate_heads(
     cos,
     sin,
     rows,
+    INVERSE: tl.constexpr,
     HQ: tl.constexpr,
     HK: tl.constexpr,
     D2: tl.constexpr,
@@ -260,38 +276,17 @@ def _rotate_heads(
     C: tl.constexpr,
     T: tl.constexpr,
 ):
+    """From ``heads`` to the others; INVERSE: back from these, turned back."""
     row = tl.program_id(0) * T + tl.arange(0, T)
     known = row < rows
     c, s = _angles(cos, sin, row, known, D2, C)
     D: tl.constexpr = 2 * D2
     ALL: tl.constexpr = (HQ + 2 * HK) * D
-    _turn(heads, q, c, s, row, known, ALL, HQ * D, HQ, D2, QUERIES, C, T)
-    _turn(heads + HQ * D, k, c, s, row, known, ALL, HK * D, HK, D2, KEYS, C, T)
-    _copy(heads + (HQ + HK) * D, v, row, known, ALL, HK * D, HK, D2, KEYS, C)
-
-
-@triton.jit
-def _rotate_heads_back(
-    q,
-    k,
-    v,
-    heads,
-    cos,
-    sin,
-    rows,
-    HQ: tl.constexpr,
-    HK: tl.constexpr,
-    D2: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    C: tl.constexpr,
-    T: tl.constexpr,
-):
-    row = tl.program_id(0) * T + tl.arange(0, T)
-    known = row < rows
-    c, s = _angles(cos, sin, row, known, D2, C)
-    D: tl.constexpr = 2 * D2
-    ALL: tl.constexpr = (HQ + 2 * HK) * D
-    _turn(q, heads, c, -s, row, known, HQ * D, ALL, HQ, D2, QUERIES, C, T)
-    _turn(k, heads + HQ * D, c, -s, row, known, HK * D, ALL, HK, D2, KEYS, C, T)
-    _copy(v, heads + (HQ + HK) * D, row, known, HK * D, ALL, HK, D2, KEYS, C)
+    if INVERSE:
+        _turn(q, heads, c, -s, row, known, HQ * D, ALL, HQ, D2, QUERIES, C, T)
+        _turn(k, heads + HQ * D, c, -s, row, known, HK * D, ALL, HK, D2, KEYS, C, T)
+        _copy(v, heads + (HQ + HK) * D, row, known, HK * D, ALL, HK, D2, KEYS, C)
+    else:
+        _turn(heads, q, c, s, row, known, ALL, HQ * D, HQ, D2, QUERIES, C, T)
+        _turn(heads + HQ * D, k, c, s, row, known, ALL, HK * D, HK, D2, KEYS, C, T)
+        _copy(heads + (HQ + HK) * D, v, row, known, ALL, HK * D, HK, D2, KEYS, C)

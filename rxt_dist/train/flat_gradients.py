@@ -136,11 +136,18 @@ class _FlatGradients:
         return total.sqrt()
 
     def clip(self, gradients: list[torch.Tensor], total_norm: torch.Tensor) -> None:
-        """Scale ``gradients`` down to the clipping norm, if ``total_norm`` is above it."""
-        if self._zero.clip_grad > 0.0:
-            excess = torch.clamp((total_norm + 1e-6) / self._zero.clip_grad, min=1.0)
-            for gradient in gradients:
-                gradient.mul_(1.0 / excess)
+        """Scale ``gradients`` down to the clipping norm, if ``total_norm`` is above it.
+
+        Optimizers that can divide by a number in their own pass, as PyTorch's fused ones can, are told to.
+        """
+        if self._zero.clip_grad <= 0.0:
+            return
+        excess = torch.clamp((total_norm + 1e-6) / self._zero.clip_grad, min=1.0)
+        if getattr(self._zero.optimizer, "_step_supports_amp_scaling", False):
+            self._zero.optimizer.grad_scale = excess
+            return
+        for gradient in gradients:
+            gradient.mul_(1.0 / excess)
 
     def _describe(self, number: int) -> _Group:
         zero = self._zero

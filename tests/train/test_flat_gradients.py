@@ -30,6 +30,7 @@ from helpers.expert_cases import (
 from helpers.launch import run_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rxt_dist.config import deepspeed_config, stage_optimizer
 from rxt_dist.model.canonical import canonical_parts
 from rxt_dist.train import engine as engine_module
 from rxt_dist.train import flat_gradients
@@ -202,7 +203,7 @@ def test_buckets_are_sent_while_the_backward_pass_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("norm", [0.5, 1.0, 3.0])
 def test_clipping(norm: float) -> None:
     flat = object.__new__(flat_gradients._FlatGradients)
-    flat._zero = SimpleNamespace(clip_grad=1.0)
+    flat._zero = SimpleNamespace(clip_grad=1.0, optimizer=object())
     gradients = torch.tensor([0.6, 0.8]) * norm
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = expected = gradients.clone()
@@ -212,6 +213,50 @@ def test_clipping(norm: float) -> None:
     flat._zero.clip_grad = 0.0
     flat.clip([gradients], torch.tensor(100.0))
     torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_a_fused_optimizer_clips_while_it_updates(clip_norm: float) -> None:
+    flat = object.__new__(flat_gradients._FlatGradients)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(2, 300, generator=generator)
+    ours, plain = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizer = torch.optim.AdamW([ours], lr=0.1, fused=True)
+    expected = torch.optim.AdamW([plain], lr=0.1, fused=False)
+    flat._zero = SimpleNamespace(clip_grad=clip_norm, optimizer=optimizer)
+    for size in (1e-4, 100.0, 1.0, 0.01):  # norms below and above 1
+        gradient = torch.randn(2, 300, generator=generator) * size
+        norm = torch.linalg.vector_norm(gradient)
+        ours.grad, plain.grad = gradient.clone(), gradient.clone()
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(plain, clip_norm)
+        flat.clip([ours.grad], norm)
+        assert torch.equal(ours.grad, gradient)
+        optimizer.step()
+        expected.step()
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def _fused_and_plain(folder: Path) -> None:
+    """DeepSpeed's steps with either AdamW: moments, unlike weights, are in proportion to the gradients."""
+    states = []
+    for fused in (False, True):
+        case = one_rank()
+        config, model = case.config(), whole_model(case)
+        optimizer = stage_optimizer(config, config.stages[0])
+        settings = deepspeed_config(config, config.stages[0], dp_size=1, optimizer=optimizer, fused=fused)
+        engine = start_engine(config, model, {"optimizer": settings["optimizer"]})
+        for number, ((batch, counts),) in enumerate(text_steps(case, engine, 0)):
+            engine.begin_step(number, dict.fromkeys(engine.group_starts, 0.1))
+            engine.backward_and_step(engine.forward(batch, counts, None)[0])
+            assert engine.gradient_norm() > optimizer.clip_norm
+        assert hasattr(engine.engine.optimizer.optimizer, "grad_scale") == fused
+        states.append(engine.engine.optimizer.optimizer.state)
+        engine.close()
+    for plain, ours in zip(*(state.values() for state in states), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert plain[name].any()
+            torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-9)
 
 
 def _memory_is_given_back(folder: Path) -> None:
@@ -283,7 +328,15 @@ def _operations(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "work", ["_missing_gradients", "_not_finite", "_left_alone", "_memory_is_given_back", "_operations"]
+    "work",
+    [
+        "_missing_gradients",
+        "_not_finite",
+        "_left_alone",
+        "_fused_and_plain",
+        "_memory_is_given_back",
+        "_operations",
+    ],
 )
 def test_on_one_rank(tmp_path: Path, work: str) -> None:
     run_alone(tmp_path, work)
