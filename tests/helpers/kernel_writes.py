@@ -1,4 +1,4 @@
-"""Prints, as JSON, the arguments that torch.compile believes each Triton kernel to write to.
+"""Prints, as JSON, the arguments that torch.compile believes each Triton kernel to write to, call by call.
 
 A program of its own, as Triton must be imported for a GPU, not for its interpreter. The package's own
 operations call the kernels, none of which runs.
@@ -14,16 +14,19 @@ import triton
 from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
 from triton.backends.compiler import GPUTarget
 
-from rxt_dist.kernels import cross_entropy_triton, triton_support
+from rxt_dist.kernels import cross_entropy_triton, random_triton, triton_support
 from rxt_dist.kernels.activation import activate_rows
 from rxt_dist.kernels.attention_triton import short_attention
 from rxt_dist.kernels.combine import combine_rows
 from rxt_dist.kernels.cross_entropy import linear_cross_entropy
+from rxt_dist.kernels.noise import with_noise
 from rxt_dist.kernels.permute import repeat_permuted
 from rxt_dist.kernels.rotary_triton import rotate, rotated_heads
+from rxt_dist.model import SequenceLayout
 from rxt_dist.model.moe import ExpertOrder, Router
+from rxt_dist.stages.write_losses import write_losses
 
-found: dict[str, list[str]] = {}
+found: dict[str, list[list[str]]] = {}
 
 
 class Device:
@@ -47,7 +50,9 @@ def note_writes(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any)
     table = kernel_side_table
     written = get_mutated_tensors(table.add_kernel(kernel), table.add_constant_args(constants), tensors, {})
     label = kernel.__module__.rsplit(".", 1)[1].removesuffix("_triton") + "." + kernel.__name__
-    found[label] = sorted({*found.get(label, []), *written})
+    calls = found.setdefault(label, [])
+    if sorted(written) not in calls:
+        calls.append(sorted(written))
 
 
 def call_everything() -> None:
@@ -77,6 +82,21 @@ def call_everything() -> None:
     numbers = torch.empty(4, tokens)
     cross_entropy_triton.score_parts(scores, targets, 0, numbers)
     cross_entropy_triton.put_gradient_of_part(scores, targets, 0, torch.ones(tokens))
+    call_memory_writes(x.detach())
+
+
+def call_memory_writes(x: torch.Tensor) -> None:
+    """``x``: [N, D]."""
+    tokens, width = x.shape
+    stm = torch.randn(2, 3, 4, width, requires_grad=True)
+    lanes, factors = torch.arange(3), torch.ones(3)
+    layers, keys = torch.stack([x, x]), torch.arange(2 * tokens).view(2, tokens)
+    random_triton.with_draws(stm.detach(), lanes > 0, lanes, random_triton.NORMAL, 1.0)
+    layout = SequenceLayout.from_lengths([4, 4, tokens - 8])
+    losses = write_losses(
+        stm * 2, stm, with_noise(layers, keys, 0.5), factors, factors, layout, lanes > 0, keys, 0.5
+    )
+    sum(losses).backward()
 
 
 if __name__ == "__main__":
