@@ -76,6 +76,7 @@ CALLS = (
     Call("alpha smat W=1", "alpha", (_SMAT, "batch.lanes=192"), plain=True),
     Call("alpha memory", "alpha", (_MEMORY, "batch.lanes=512")),
     Call("alpha joint twice", "alpha", (_JOINT, "batch.packs=32")),
+    Call("alpha smat twice", "alpha", (_SMAT, "batch.lanes=384")),
     Call("micro joint", "micro", (_JOINT, *_MICRO, "batch.packs=64")),
     Call("alpha smat W=4", "alpha", (_SMAT, "batch.lanes=48", "batch.window=4")),
     Call("alpha joint stories", "alpha", (_JOINT, "batch.packs=16"), lengths=()),
