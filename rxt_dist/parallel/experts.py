@@ -1,11 +1,12 @@
-"""Experts spread over ranks: every token travels to the rank of its expert and back.
+"""Experts spread over ranks: every token travels once to each rank that has one of its experts.
 
-Rows arrive sorted by expert, so what each rank gets is one run of them. The ranks first tell each other how
-many rows each expert will get; those numbers are the only thing the host waits for. Then rows are exchanged
-in uneven runs, sorted by expert again, computed, and sent back along the same way.
+It takes the numbers and weights of its experts along. The rank adds up what its experts make of the token,
+and one row goes back; where the token came from, these sums are added. The ranks first tell each other how
+much they will send; those numbers are the only thing the host waits for.
 
-Shape legend: n rows of this rank, m rows that its experts get, D width, E experts, e experts of this rank,
-R ranks of the expert group.
+Shape legend: N tokens of this rank, K experts of a token, D width, E experts, e experts of this rank, R ranks
+of the expert group, s tokens that this rank sends (one that goes to two ranks counts twice), m tokens that it
+gets, n rows of its experts: pairs of a token that it gets and one of its experts.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._compile import _disable_dynamo
 
-from rxt_dist.kernels.combine import combine_rows
-from rxt_dist.kernels.grouped_gemm import add_group_bias
-from rxt_dist.kernels.permute import permute_rows, place_rows, repeat_permuted
+from rxt_dist.kernels.permute import add_permuted, repeat_permuted
+from rxt_dist.model.balance import count_experts
 from rxt_dist.model.canonical import Cut
 from rxt_dist.model.moe import ExpertOrder, Experts
 from rxt_dist.parallel.mesh import Mesh
@@ -29,46 +30,48 @@ from rxt_dist.parallel.mesh import Mesh
 
 @dataclass(frozen=True, eq=False)
 class Traffic:
-    """How many rows go where in one exchange.
+    """How much goes where in one exchange.
 
     Attributes:
-        sent, received: rows to and from every rank of the group, on the host.
-        local_experts: int64 [m], expert of this rank that each received row is for.
+        sent, received: tokens to and from every rank of the group, on the host; tokens: s; rows: n.
         any_active: whether a rank of the group called in a pass of its own (see :func:`uneven_passes`).
     """
 
     sent: list[int]
     received: list[int]
-    local_experts: torch.Tensor
+    tokens: int
+    rows: int
     any_active: bool
 
     @classmethod
-    def agree(cls, offsets: torch.Tensor, group: dist.ProcessGroup, *, active: bool) -> Traffic:
+    @_disable_dynamo
+    def agree(
+        cls, tokens: torch.Tensor, rows: torch.Tensor, group: dist.ProcessGroup, *, active: bool
+    ) -> Traffic:
         """Tell every rank what it will get. Collective; the one point where the host waits for the device.
 
-        ``offsets``: int32 [E], end of each expert's run in the rows of this rank.
+        ``tokens``: int32 [R], where those that go to each rank end; ``rows``: int64 [R], what its experts
+        will have of them.
         """
-        ranks = group.size()
-        counts = torch.diff(offsets.long(), prepend=offsets.new_zeros(1, dtype=torch.int64)).view(ranks, -1)
-        outgoing = torch.cat([counts, counts.new_full((ranks, 1), int(active))], dim=1)
+        counts = tokens.long().diff(prepend=tokens.new_zeros(1))
+        outgoing = torch.stack([counts, rows, torch.full_like(rows, int(active))], dim=1)
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing, group=group)
-        counted = incoming[:, :-1]
-        sent, received, flags = torch.stack([counts.sum(1), counted.sum(1), incoming[:, -1]]).tolist()
-        numbers = torch.arange(counted.shape[1], device=offsets.device).repeat(ranks)
-        local = torch.repeat_interleave(numbers, counted.flatten(), output_size=sum(received))
-        return cls(sent, received, local, any(flags))
+        sent, received, rows_of_ranks, flags = torch.cat([counts[None], incoming.T]).tolist()
+        return cls(sent, received, sum(sent), sum(rows_of_ranks), any(flags))
 
 
 class ExpertParallel(Experts):
     """The part of a layer's experts that this rank holds; stands where :class:`Experts` stood.
 
-    Forward takes and returns what :class:`Experts` does, with ``order`` that of all E experts, wherever the
-    outputs are computed. Collective over the expert group: every rank of it calls at the same time, also with
-    no tokens.
+    What :meth:`visit` takes and returns is the same. Collective over the expert group: every rank of it calls
+    at the same time, also with no tokens.
+
+    Args:
+        whole: all experts; top_k: K.
     """
 
-    def __init__(self, whole: Experts, mesh: Mesh, rank: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, whole: Experts, top_k: int, mesh: Mesh, rank: int, group: dist.ProcessGroup) -> None:
         total, width, hidden = whole.w_out.shape
         held = mesh.experts_of(rank, total)
         with whole.w_out.device:
@@ -82,49 +85,83 @@ class ExpertParallel(Experts):
                 init=whole.init,
             )
         self.first_expert = held.start
-        self.total_experts = total
+        self.total_experts, self.top_k = total, top_k
         self.group = group
 
+    @property
+    def held(self) -> range:
+        """Numbers of the experts of this rank."""
+        return range(self.first_expert, self.first_expert + self.w_in.shape[0])
+
     def cuts(self) -> dict[str, list[Cut]]:
-        held = range(self.first_expert, self.first_expert + self.w_in.shape[0])
         return {
-            name: [Cut.along(0, (self.total_experts, *parameter.shape[1:]), held)]
+            name: [Cut.along(0, (self.total_experts, *parameter.shape[1:]), self.held)]
             for name, parameter in self.named_parameters()
         }
 
-    def forward(self, x: torch.Tensor, order: ExpertOrder, weights: torch.Tensor) -> torch.Tensor:
-        rows = repeat_permuted(x, order.order, order.inverse, weights.shape[1])
-        rows = self._through_all(rows, Traffic.agree(order.offsets, self.group, active=True))
-        return combine_rows(
-            rows, None, weights, order.order, order.inverse, order.offsets, order.expert_of_row
-        )
+    def visit(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self._visit(x, chosen, weights, active=True)[0]
 
     def serve(self) -> bool:
         """Compute for the others in one call of theirs; whether any of them had a pass of its own."""
-        offsets = torch.zeros(self.total_experts, dtype=torch.int32, device=self.w_in.device)
-        traffic = Traffic.agree(offsets, self.group, active=False)
-        self._through_all(self.w_in.new_empty(0, self.w_in.shape[2]), traffic)
-        return traffic.any_active
+        x = self.w_in.new_empty(0, self.w_in.shape[2])
+        weights = x.new_empty(0, self.top_k, dtype=torch.promote_types(x.dtype, torch.float32))
+        return self._visit(x, torch.empty_like(weights, dtype=torch.int64), weights, active=False)[1]
 
-    def _through_all(self, x: torch.Tensor, traffic: Traffic) -> torch.Tensor:
-        rows = exchange(x, traffic.sent, traffic.received, self.group)
-        order = ExpertOrder.of(traffic.local_experts, self.w_in.shape[0])
-        rows = permute_rows(rows, order.order, order.inverse)
-        rows = self.products(rows, order)
-        if self.b_out is not None:
-            rows = add_group_bias(rows, self.b_out, order.offsets, order.expert_of_row)
-        rows = place_rows(rows, order.order, order.inverse)
-        return exchange(rows, traffic.received, traffic.sent, self.group)
+    def _visit(
+        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, *, active: bool
+    ) -> tuple[torch.Tensor, bool]:
+        """What :meth:`visit` returns, and whether a rank of the group has called it."""
+        order = self.order_by_rank(chosen)
+        ranks = order.offsets.shape[0]
+        rows = count_experts(chosen, self.total_experts).view(ranks, -1).sum(1)
+        traffic = Traffic.agree(order.offsets, rows, self.group, active=active)
+        order = order.first(traffic.tokens)
+        way = traffic.sent, traffic.received, self.group
+        tokens = exchange(repeat_permuted(x, order.order, order.inverse, ranks), *way)
+        weights, chosen = exchange_choices(
+            repeat_permuted(weights, order.order, order.inverse, ranks),
+            chosen.index_select(0, torch.div(order.order, ranks, rounding_mode="floor")),
+            *way,
+        )
+        sums = self(tokens, ExpertOrder.of_some(chosen, self.held).first(traffic.rows), weights)
+        sums = exchange(sums, traffic.received, traffic.sent, self.group)
+        return add_permuted(sums, order.order, order.inverse, ranks), traffic.any_active
+
+    def order_by_rank(self, chosen: torch.Tensor) -> ExpertOrder:
+        """Where tokens go that chose the experts ``chosen`` [N, K]: slots [N, R], those that stand for a
+        token and a rank with one of its experts, by rank. See :meth:`ExpertOrder.of_some`."""
+        held = self.w_in.shape[0]
+        ranks = torch.arange(self.total_experts // held, device=chosen.device)
+        visited = (torch.div(chosen, held, rounding_mode="floor")[..., None] == ranks).any(dim=1)
+        return ExpertOrder.of_some(torch.where(visited, ranks, len(ranks)), range(len(ranks)))
 
 
+@_disable_dynamo
 def exchange(
     rows: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """Send consecutive runs of ``rows`` [n, D] to the ranks of ``group``; returns what came, by rank.
+    """Send consecutive runs of ``rows`` [s, D] to the ranks of ``group``; returns what came [m, D], by rank.
 
     The gradient travels the same way back. Collective, also where there is nothing to send.
     """
     out: torch.Tensor = _Exchange.apply(rows, sent, received, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+@_disable_dynamo
+def exchange_choices(
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    sent: list[int],
+    received: list[int],
+    group: dist.ProcessGroup,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`exchange`, in one message, for the weights [s, K] and numbers (int64 [s, K], below 2**31) of
+    the experts that tokens chose. Only weights have a gradient."""
+    out: tuple[torch.Tensor, torch.Tensor] = _ExchangeChoices.apply(  # type: ignore[no-untyped-call]
+        weights, chosen, sent, received, group
+    )
     return out
 
 
@@ -139,6 +176,28 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return _all_to_all(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+class _ExchangeChoices(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        sent: list[int],
+        received: list[int],
+        group: dist.ProcessGroup,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        bits = weights.contiguous().view(torch.int32)
+        both = _all_to_all(torch.cat([bits, chosen.int()], dim=1), sent, received, group)
+        bits, numbers = both[:, : bits.shape[1]], both[:, bits.shape[1] :].long()
+        ctx.mark_non_differentiable(numbers)
+        return bits.contiguous().view(weights.dtype), numbers
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        return _all_to_all(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None, None
 
 
 def _all_to_all(

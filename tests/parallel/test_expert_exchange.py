@@ -35,7 +35,7 @@ def rows_of(rank: int) -> torch.Tensor:
 def spread(layer: MoE) -> ExpertParallel:
     rank = dist.get_rank()
     group = dist.new_group(list(range(RANKS)))
-    experts = ExpertParallel(layer.experts, Mesh(RANKS, expert_size=RANKS), rank, group)
+    experts = ExpertParallel(layer.experts, K, Mesh(RANKS, expert_size=RANKS), rank, group)
     with torch.no_grad():
         held = slice(experts.first_expert, experts.first_expert + E // RANKS)
         for name, parameter in experts.named_parameters():
