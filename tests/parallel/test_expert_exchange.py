@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +47,23 @@ def spread(layer: MoE) -> ExpertParallel:
     return experts
 
 
+@contextmanager
+def messages() -> Iterator[list[tuple[list[int], int]]]:
+    """Of every exchange of this rank: rows to each rank, and bytes of a row."""
+    sent: list[tuple[list[int], int]] = []
+    plain = dist.all_to_all_single
+
+    def noted(out: torch.Tensor, rows: torch.Tensor, *splits: Any, **options: Any) -> Any:
+        of_ranks = splits[1] if splits else [len(rows) // RANKS] * RANKS
+        assert sum(of_ranks) == len(rows)
+        sent.append((of_ranks, rows[:1].nbytes if len(rows) else 0))
+        return plain(out, rows, *splits, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", noted)
+        yield sent
+
+
 def train_once(folder: Path, lose_all: bool) -> None:
     """Forward and backward on every rank; with ``lose_all`` all tokens go to experts of the first rank."""
     layer, rank = moe(), dist.get_rank()
@@ -52,9 +72,10 @@ def train_once(folder: Path, lose_all: bool) -> None:
     experts = spread(layer)
     x = rows_of(rank).requires_grad_()
     out: list[torch.Tensor] = []
-    forward = waits_of(lambda: out.append(layer(x)[0]))
-    loss = (out[0] * torch.arange(D)).sum()
-    backward = waits_of(loss.backward)
+    with messages() as sent:
+        forward = waits_of(lambda: out.append(layer(x)[0]))
+        loss = (out[0] * torch.arange(D)).sum()
+        backward = waits_of(loss.backward)
     torch.save(
         {
             "out": out[0].detach(),
@@ -63,6 +84,7 @@ def train_once(folder: Path, lose_all: bool) -> None:
             "first": experts.first_expert,
             "experts": {name: p.grad for name, p in experts.named_parameters()},
             "syncs": [forward, backward],
+            "sent": sent,
         },
         folder / f"{rank}.pt",
     )
@@ -97,6 +119,30 @@ def test_spread_experts_are_the_whole_layer(tmp_path: Path, lose_all: bool) -> N
     torch.testing.assert_close(router, layer.router.proj.weight.grad, rtol=1e-4, atol=1e-4)
     idle = [one["experts"]["w_in"].abs().sum() for one in found]
     assert (idle[1] == 0) == lose_all
+
+
+@pytest.mark.parametrize("lose_all", [False, True])
+def test_a_token_goes_once_to_a_rank(tmp_path: Path, lose_all: bool) -> None:
+    """Whether one or both of its experts are there; back and forth, and its gradients."""
+    assert run_function(RANKS, train_once, tmp_path, lose_all) == [0] * RANKS
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True)["sent"] for rank in range(RANKS)]
+    layer = moe()
+    if lose_all:
+        _send_to_first(layer)
+    table = []  # tokens from each rank to each
+    for rank in range(RANKS):
+        chosen = layer.router(rows_of(rank)).experts.tolist()
+        visited = [{expert // (E // RANKS) for expert in one} for one in chosen]
+        table.append([sum(rank in ranks for ranks in visited) for rank in range(RANKS)])
+    assert lose_all or 0 < sum(map(sum, table)) < K * sum(len(rows_of(rank)) for rank in range(RANKS))
+    row, weights = 4 * D, 4 * K
+    for rank in range(RANKS):
+        there, back = table[rank], [line[rank] for line in table]
+        counts, *rest = found[rank]
+        assert counts == ([1] * RANKS, 3 * 8)
+        sizes = [row, 2 * weights, row, row, weights, row]
+        ways = [there, there, back, there, back, back]
+        assert rest == [(way, size if sum(way) else 0) for way, size in zip(ways, sizes, strict=True)]
 
 
 def test_a_whole_layer_never_waits() -> None:
