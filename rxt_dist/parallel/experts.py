@@ -113,20 +113,14 @@ class ExpertParallel(Experts):
     ) -> tuple[torch.Tensor, bool]:
         """What :meth:`visit` returns, and whether a rank of the group has called it."""
         order = self.order_by_rank(chosen)
-        ranks = order.offsets.shape[0]
-        rows = count_experts(chosen, self.total_experts).view(ranks, -1).sum(1)
-        traffic = Traffic.agree(order.offsets, rows, self.group, active=active)
+        traffic = Traffic.agree(order.offsets, self.rows_by_rank(chosen), self.group, active=active)
         order = order.first(traffic.tokens)
-        way = traffic.sent, traffic.received, self.group
-        tokens = exchange(repeat_permuted(x, order.order, order.inverse, ranks), *way)
-        weights, chosen = exchange_choices(
-            repeat_permuted(weights, order.order, order.inverse, ranks),
-            chosen.index_select(0, torch.div(order.order, ranks, rounding_mode="floor")),
-            *way,
-        )
-        sums = self(tokens, ExpertOrder.of_some(chosen, self.held).first(traffic.rows), weights)
+        x, weights, chosen = self.copies(order, x, weights, chosen)
+        x = exchange(x, traffic.sent, traffic.received, self.group)
+        weights, chosen = exchange_choices(weights, chosen, traffic.sent, traffic.received, self.group)
+        sums = self(x, ExpertOrder.of_some(chosen, self.held).first(traffic.rows), weights)
         sums = exchange(sums, traffic.received, traffic.sent, self.group)
-        return add_permuted(sums, order.order, order.inverse, ranks), traffic.any_active
+        return add_permuted(sums, order.order, order.inverse, order.offsets.shape[0]), traffic.any_active
 
     def order_by_rank(self, chosen: torch.Tensor) -> ExpertOrder:
         """Where tokens go that chose the experts ``chosen`` [N, K]: slots [N, R], those that stand for a
@@ -135,6 +129,22 @@ class ExpertParallel(Experts):
         ranks = torch.arange(self.total_experts // held, device=chosen.device)
         visited = (torch.div(chosen, held, rounding_mode="floor")[..., None] == ranks).any(dim=1)
         return ExpertOrder.of_some(torch.where(visited, ranks, len(ranks)), range(len(ranks)))
+
+    def rows_by_rank(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Of the experts ``chosen`` [N, K], how many each rank holds: int64 [R]."""
+        return count_experts(chosen, self.total_experts).view(-1, self.w_in.shape[0]).sum(1)
+
+    def copies(
+        self, order: ExpertOrder, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Tokens as they go to all ranks in ``order``: ``x`` [s, D], and weights and numbers of their experts
+        [s, K]."""
+        ranks = order.offsets.shape[0]
+        return (
+            repeat_permuted(x, order.order, order.inverse, ranks),
+            repeat_permuted(weights, order.order, order.inverse, ranks),
+            chosen.index_select(0, torch.div(order.order, ranks, rounding_mode="floor")),
+        )
 
 
 @_disable_dynamo
