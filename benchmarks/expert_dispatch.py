@@ -46,11 +46,11 @@ from rxt_dist.arguments import add_overrides
 from rxt_dist.config import RunConfig, load_config
 from rxt_dist.errors import ConfigError, TrainingError, exit_with_message
 from rxt_dist.kernels.combine import combine_rows
-from rxt_dist.kernels.permute import add_permuted, repeat_permuted
+from rxt_dist.kernels.permute import add_rows, repeat_permuted
 from rxt_dist.model.initialisation import initialise
 from rxt_dist.model.moe import ExpertOrder, Experts, MoE
 from rxt_dist.parallel.bootstrap import World
-from rxt_dist.parallel.experts import ExpertParallel, Traffic, exchange, exchange_choices
+from rxt_dist.parallel.experts import ExpertParallel, Traffic, all_to_all
 from rxt_dist.parallel.mesh import Mesh
 
 STEPS = ("route", "sort", "permute", "counts", "send", "regroup", "experts", "return", "combine")
@@ -90,24 +90,26 @@ def routed(layer: MoE, x: torch.Tensor, clock: Clock) -> torch.Tensor:
         rows = repeat_permuted(x, order.order, order.inverse, layer.config.top_k)
         clock.mark("permute")
         return computed(experts, rows, order, routing.weights, clock)
-    order = experts.order_by_rank(routing.experts)
-    counts = experts.rows_by_rank(routing.experts)
+    leaving = experts.depart(routing.experts, routing.weights, active=True)
     clock.mark("sort")
-    traffic = Traffic.agree(order.offsets, counts, experts.group, active=True)
-    clock.mark("counts")
-    order = order.first(traffic.tokens)
-    tokens, weights, chosen = experts.copies(order, x, routing.weights, routing.experts)
+    choices, tokens = (part.index_select(0, leaving.tokens) for part in (leaving.choices, x))
     clock.mark("permute")
-    tokens = exchange(tokens, traffic.sent, traffic.received, experts.group)
-    weights, chosen = exchange_choices(weights, chosen, traffic.sent, traffic.received, experts.group)
+    traffic = Traffic.start(leaving.counts, experts.group)()
+    clock.mark("counts")
+    coming = [all_to_all(part, traffic.sent, traffic.received, experts.group) for part in (choices, tokens)]
+    for _, arrived in coming:
+        arrived.wait()
     clock.mark("send")
-    local = ExpertOrder.of_some(chosen, experts.held).first(traffic.rows)
-    rows = repeat_permuted(tokens, local.order, local.inverse, layer.config.top_k)
+    (choices, _), (tokens, _) = coming
+    weights, order = experts.arrive(choices, routing.weights.dtype)
+    order = order.first(traffic.rows)
+    rows = repeat_permuted(tokens, order.order, order.inverse, layer.config.top_k)
     clock.mark("regroup")
-    sums = computed(experts, rows, local, weights, clock)
-    sums = exchange(sums, traffic.received, traffic.sent, experts.group)
+    sums = computed(experts, rows, order, weights, clock)
+    sums, arrived = all_to_all(sums, traffic.received, traffic.sent, experts.group)
+    arrived.wait()
     clock.mark("return")
-    out = add_permuted(sums, order.order, order.inverse, order.offsets.shape[0])
+    out = add_rows(sums, leaving.inverse, len(traffic.sent))
     clock.mark("combine")
     return out
 

@@ -57,7 +57,7 @@ class _RepeatPermuted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        return _add(grads[0], inverse, ctx.copies), None, None, None
+        return add_rows(grads[0], inverse, ctx.copies), None, None, None
 
 
 class _AddPermuted(torch.autograd.Function):
@@ -67,7 +67,7 @@ class _AddPermuted(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(order)
         ctx.copies = copies
-        return _add(x, inverse, copies)
+        return add_rows(x, inverse, copies)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -80,7 +80,8 @@ def _repeat(x: torch.Tensor, order: torch.Tensor, copies: int) -> torch.Tensor:
     return x.index_select(0, source)
 
 
-def _add(x: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+def add_rows(x: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+    """Of :func:`add_permuted`, without a gradient."""
     if not x.shape[0]:
         return x.new_zeros(inverse.shape[0] // copies, *x.shape[1:])
     if copies > 1 and x.ndim == 2 and uses_triton(x):

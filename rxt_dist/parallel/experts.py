@@ -11,7 +11,7 @@ gets, n rows of its experts: pairs of a token that it gets and one of its expert
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import nn
 from torch._compile import _disable_dynamo
 
-from rxt_dist.kernels.permute import add_permuted, repeat_permuted
+from rxt_dist.kernels.compilation import compiled_kernel
+from rxt_dist.kernels.permute import add_rows
 from rxt_dist.model.balance import count_experts
 from rxt_dist.model.canonical import Cut
 from rxt_dist.model.moe import ExpertOrder, Experts
@@ -29,36 +30,49 @@ from rxt_dist.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True, eq=False)
+class Departure:
+    """What this rank sends.
+
+    Attributes:
+        tokens: int64 [N * min(R, K)], of which the first s are the tokens for each rank, rank by rank.
+        inverse: int64 [N * R], where there is token t for rank r, at ``t * R + r``; -1: nowhere.
+        counts: int64 [R, 3], for each rank its tokens, its experts' rows, and whether this rank is active.
+        choices: int32 [N, 2 * K], bits of the weights (with fp64 [N, 3 * K]) and numbers of the experts.
+    """
+
+    tokens: torch.Tensor
+    inverse: torch.Tensor
+    counts: torch.Tensor
+    choices: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Traffic:
     """How much goes where in one exchange.
 
     Attributes:
-        sent, received: tokens to and from every rank of the group, on the host; tokens: s; rows: n.
+        sent, received: tokens to and from every rank of the group, on the host; rows: n.
         any_active: whether a rank of the group called in a pass of its own (see :func:`uneven_passes`).
     """
 
     sent: list[int]
     received: list[int]
-    tokens: int
     rows: int
     any_active: bool
 
     @classmethod
-    @_disable_dynamo
-    def agree(
-        cls, tokens: torch.Tensor, rows: torch.Tensor, group: dist.ProcessGroup, *, active: bool
-    ) -> Traffic:
-        """Tell every rank what it will get. Collective; the one point where the host waits for the device.
+    def start(cls, counts: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], Traffic]:
+        """Tell every rank what it will get (:class:`Departure`). Collective; the result waits for theirs, and
+        there the host waits for the device."""
+        incoming = torch.empty_like(counts)
+        work = dist.all_to_all_single(incoming, counts, group=group, async_op=True)
 
-        ``tokens``: int32 [R], where those that go to each rank end; ``rows``: int64 [R], what its experts
-        will have of them.
-        """
-        counts = tokens.long().diff(prepend=tokens.new_zeros(1))
-        outgoing = torch.stack([counts, rows, torch.full_like(rows, int(active))], dim=1)
-        incoming = torch.empty_like(outgoing)
-        dist.all_to_all_single(incoming, outgoing, group=group)
-        sent, received, rows_of_ranks, flags = torch.cat([counts[None], incoming.T]).tolist()
-        return cls(sent, received, sum(sent), sum(rows_of_ranks), any(flags))
+        def agree() -> Traffic:
+            work.wait()
+            sent, received, rows, active = torch.cat([counts[:, :1], incoming], dim=1).T.tolist()
+            return cls(sent, received, sum(rows), any(active))
+
+        return agree
 
 
 class ExpertParallel(Experts):
@@ -108,114 +122,117 @@ class ExpertParallel(Experts):
         weights = x.new_empty(0, self.top_k, dtype=torch.promote_types(x.dtype, torch.float32))
         return self._visit(x, torch.empty_like(weights, dtype=torch.int64), weights, active=False)[1]
 
+    @_disable_dynamo  # sizes are news in every pass, and the compiler has nothing to join but what is marked
     def _visit(
         self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, *, active: bool
     ) -> tuple[torch.Tensor, bool]:
         """What :meth:`visit` returns, and whether a rank of the group has called it."""
-        order = self.order_by_rank(chosen)
-        traffic = Traffic.agree(order.offsets, self.rows_by_rank(chosen), self.group, active=active)
-        order = order.first(traffic.tokens)
-        x, weights, chosen = self.copies(order, x, weights, chosen)
-        x = exchange(x, traffic.sent, traffic.received, self.group)
-        weights, chosen = exchange_choices(weights, chosen, traffic.sent, traffic.received, self.group)
-        sums = self(x, ExpertOrder.of_some(chosen, self.held).first(traffic.rows), weights)
-        sums = exchange(sums, traffic.received, traffic.sent, self.group)
-        return add_permuted(sums, order.order, order.inverse, order.offsets.shape[0]), traffic.any_active
+        leaving = self.depart(chosen, weights.detach(), active=active)
+        x, weights, order, traffic = _Send.apply(x, weights, leaving, self)  # type: ignore[no-untyped-call]
+        sums = self(x, order, weights)
+        out: torch.Tensor = _SendBack.apply(sums, leaving, traffic, self.group)  # type: ignore[no-untyped-call]
+        return out, traffic.any_active
 
-    def order_by_rank(self, chosen: torch.Tensor) -> ExpertOrder:
-        """Where tokens go that chose the experts ``chosen`` [N, K]: slots [N, R], those that stand for a
-        token and a rank with one of its experts, by rank. See :meth:`ExpertOrder.of_some`."""
-        held = self.w_in.shape[0]
+    @compiled_kernel
+    def depart(self, chosen: torch.Tensor, weights: torch.Tensor, *, active: bool) -> Departure:
+        """What goes where, of tokens that chose the experts ``chosen`` [N, K] with ``weights`` [N, K]."""
+        held, top_k = self.w_in.shape[0], self.top_k
+        chosen, weights = chosen.flatten().view(-1, top_k), weights.flatten().view(-1, top_k)  # a known width
         ranks = torch.arange(self.total_experts // held, device=chosen.device)
         visited = (torch.div(chosen, held, rounding_mode="floor")[..., None] == ranks).any(dim=1)
-        return ExpertOrder.of_some(torch.where(visited, ranks, len(ranks)), range(len(ranks)))
+        order = ExpertOrder.of_some(torch.where(visited, ranks, len(ranks)), range(len(ranks)))
+        most = chosen.shape[0] * min(len(ranks), top_k)
+        tokens = torch.div(order.order[:most], len(ranks), rounding_mode="floor")
+        there = order.offsets.long().diff(prepend=order.offsets.new_zeros(1))
+        rows = count_experts(chosen, self.total_experts).view(len(ranks), held).sum(1)
+        counts = torch.stack([there, rows, torch.full_like(rows, int(active))], dim=1)
+        choices = torch.cat([weights.view(torch.int32), chosen.int()], dim=1)
+        return Departure(tokens, order.inverse, counts, choices)
 
-    def rows_by_rank(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Of the experts ``chosen`` [N, K], how many each rank holds: int64 [R]."""
-        return count_experts(chosen, self.total_experts).view(-1, self.w_in.shape[0]).sum(1)
-
-    def copies(
-        self, order: ExpertOrder, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Tokens as they go to all ranks in ``order``: ``x`` [s, D], and weights and numbers of their experts
-        [s, K]."""
-        ranks = order.offsets.shape[0]
-        return (
-            repeat_permuted(x, order.order, order.inverse, ranks),
-            repeat_permuted(weights, order.order, order.inverse, ranks),
-            chosen.index_select(0, torch.div(order.order, ranks, rounding_mode="floor")),
-        )
+    @compiled_kernel
+    def arrive(self, choices: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ExpertOrder]:
+        """Weights [m, K] of tokens that have come, and the order of their rows, to be cut at n."""
+        weights, chosen = choices[:, : -self.top_k], choices[:, -self.top_k :]
+        return weights.contiguous().view(dtype), ExpertOrder.of_some(chosen.long(), self.held)
 
 
-@_disable_dynamo
-def exchange(
-    rows: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-) -> torch.Tensor:
-    """Send consecutive runs of ``rows`` [s, D] to the ranks of ``group``; returns what came [m, D], by rank.
+class _Send(torch.autograd.Function):
+    """(``x`` [N, D], weights [N, K]) -> (tokens [m, D], their weights [m, K], order of their rows, traffic).
 
-    The gradient travels the same way back. Collective, also where there is nothing to send.
+    Tokens are laid out while the counts travel, and sorted while they travel themselves.
     """
-    out: torch.Tensor = _Exchange.apply(rows, sent, received, group)  # type: ignore[no-untyped-call]
-    return out
 
-
-@_disable_dynamo
-def exchange_choices(
-    weights: torch.Tensor,
-    chosen: torch.Tensor,
-    sent: list[int],
-    received: list[int],
-    group: dist.ProcessGroup,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`exchange`, in one message, for the weights [s, K] and numbers (int64 [s, K], below 2**31) of
-    the experts that tokens chose. Only weights have a gradient."""
-    out: tuple[torch.Tensor, torch.Tensor] = _ExchangeChoices.apply(  # type: ignore[no-untyped-call]
-        weights, chosen, sent, received, group
-    )
-    return out
-
-
-class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+        ctx: Any, x: torch.Tensor, weights: torch.Tensor, leaving: Departure, experts: ExpertParallel
+    ) -> tuple[torch.Tensor, torch.Tensor, ExpertOrder, Traffic]:
+        agree = Traffic.start(leaving.counts, experts.group)
+        choices = leaving.choices.index_select(0, leaving.tokens)
+        x = x.index_select(0, leaving.tokens)
+        traffic = agree()
+        way = traffic.sent, traffic.received, experts.group
+        choices, read = all_to_all(choices, *way)
+        x, arrived = all_to_all(x, *way)
+        read.wait()
+        dtype = weights.dtype
+        weights, order = experts.arrive(choices, dtype)
+        arrived.wait()
+        ctx.save_for_backward(leaving.inverse)
+        ctx.traffic, ctx.group = traffic, experts.group
+        frozen = [t for t, needed in zip((x, weights), ctx.needs_input_grad, strict=False) if not needed]
+        ctx.mark_non_differentiable(*frozen)
+        return x, weights, order.first(traffic.rows), traffic
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        traffic: Traffic = ctx.traffic
+        coming = [
+            all_to_all(grad, traffic.received, traffic.sent, ctx.group) if needed else None
+            for grad, needed in zip(grads[:2], ctx.needs_input_grad, strict=False)
+        ]
+        found: list[torch.Tensor | None] = [None, None]
+        for number, one in enumerate(coming):
+            if one is not None:
+                one[1].wait()
+                found[number] = add_rows(one[0], inverse, len(traffic.sent))
+        return found[0], found[1], None, None
+
+
+class _SendBack(torch.autograd.Function):
+    """Sums of this rank's experts [m, D] -> sums of all experts, for the tokens [N, D] of this rank."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sums: torch.Tensor, leaving: Departure, traffic: Traffic, group: dist.ProcessGroup
     ) -> torch.Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _all_to_all(rows, sent, received, group)
+        sums, arrived = all_to_all(sums, traffic.received, traffic.sent, group)
+        ctx.save_for_backward(leaving.tokens)
+        ctx.traffic, ctx.group = traffic, group
+        arrived.wait()
+        return add_rows(sums, leaving.inverse, len(traffic.sent))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _all_to_all(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
+        (tokens,) = ctx.saved_tensors
+        traffic: Traffic = ctx.traffic
+        grad = grads[0].index_select(0, tokens)
+        grad, arrived = all_to_all(grad, traffic.sent, traffic.received, ctx.group)
+        arrived.wait()
+        return grad, None, None, None
 
 
-class _ExchangeChoices(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weights: torch.Tensor,
-        chosen: torch.Tensor,
-        sent: list[int],
-        received: list[int],
-        group: dist.ProcessGroup,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        bits = weights.contiguous().view(torch.int32)
-        both = _all_to_all(torch.cat([bits, chosen.int()], dim=1), sent, received, group)
-        bits, numbers = both[:, : bits.shape[1]], both[:, bits.shape[1] :].long()
-        ctx.mark_non_differentiable(numbers)
-        return bits.contiguous().view(weights.dtype), numbers
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        return _all_to_all(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None, None
-
-
-def _all_to_all(
+def all_to_all(
     rows: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, dist.Work]:
+    """Send the first of ``rows`` [n, ...] to the ranks of ``group`` in consecutive runs. Collective.
+
+    Returns what will have come [m, ...], by rank, when the second result has been waited for.
+    """
+    rows = rows[: sum(sent)].contiguous()
     out = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
-    return out
+    work = dist.all_to_all_single(out, rows, received, sent, group=group, async_op=True)
+    return out, work
 
 
 @contextmanager
