@@ -113,6 +113,8 @@ class ExpertParallel(Experts):
             for name, parameter in self.named_parameters()
         }
 
+    # Sizes are news in every pass, and the compiler has nothing to join but what is marked.
+    @_disable_dynamo
     def visit(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self._visit(x, chosen, weights, active=True)[0]
 
@@ -122,7 +124,6 @@ class ExpertParallel(Experts):
         weights = x.new_empty(0, self.top_k, dtype=torch.promote_types(x.dtype, torch.float32))
         return self._visit(x, torch.empty_like(weights, dtype=torch.int64), weights, active=False)[1]
 
-    @_disable_dynamo  # sizes are news in every pass, and the compiler has nothing to join but what is marked
     def _visit(
         self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, *, active: bool
     ) -> tuple[torch.Tensor, bool]:
