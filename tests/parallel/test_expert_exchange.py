@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.engines import join_deepspeed
 from helpers.host_waits import waits_of
+from helpers.interpreter import interpreter  # noqa: F401
 from helpers.launch import run_function
 from torch import nn
 
@@ -45,6 +46,41 @@ def spread(layer: MoE) -> ExpertParallel:
             parameter.copy_(layer.experts.get_parameter(name)[held])
     layer.experts = experts
     return experts
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "ranks", "top_k"),
+    [(40, 6, 3, 2), (7, 6, 2, 5), (33, 8, 8, 3), (9, 4, 2, 1), (0, 4, 4, 2)],
+)
+def test_what_a_rank_sends(
+    tokens: int, experts: int, ranks: int, top_k: int, kernels: bool, request: pytest.FixtureRequest
+) -> None:
+    if kernels:
+        request.getfixturevalue("interpreter")
+    whole = Experts(experts, D, HIDDEN, gated=True, activation="silu", biased=True)
+    group = cast(dist.ProcessGroup, None)
+    part = ExpertParallel(whole, top_k, Mesh(ranks, expert_size=ranks), ranks - 1, group)
+    chosen = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(1)).topk(top_k).indices
+    weights = torch.rand(tokens, top_k, generator=torch.Generator().manual_seed(2)) - 0.5
+    leaving = part.depart(chosen, weights, active=True)
+    visited = [{expert // (experts // ranks) for expert in one} for one in chosen.tolist()]
+    sent = [(token, rank) for rank in range(ranks) for token in range(tokens) if rank in visited[token]]
+    assert leaving.tokens[: len(sent)].tolist() == [token for token, _ in sent]
+    places = {way: place for place, way in enumerate(sent)}
+    assert leaving.inverse.view(-1, ranks).tolist() == [
+        [places.get((token, rank), -1) for rank in range(ranks)] for token in range(tokens)
+    ]
+    assert leaving.counts.tolist() == [
+        [sum(way[1] == rank for way in sent), int((chosen // (experts // ranks) == rank).sum()), 1]
+        for rank in range(ranks)
+    ]
+    came, order = part.arrive(leaving.choices, torch.float32)
+    assert torch.equal(came, weights)
+    here = (chosen >= part.held.start).flatten()
+    assert torch.equal(order.inverse >= 0, here)
+    rows = order.first(int(here.sum()))
+    assert torch.equal(rows.expert_of_row + part.held.start, chosen.flatten()[rows.order])
 
 
 @contextmanager
