@@ -11,14 +11,14 @@ there is one:
 
     layer, backward  the whole layer; shared experts are in it, and in no step
     route            logits, softmax, the best experts of each token
-    sort             rows by expert, where each expert's run ends
+    sort             rows by expert, where each expert's run ends; with expert ranks, tokens by rank
     permute          rows into that order
-    counts           how many rows each rank gets; the host waits here
-    send             rows to the ranks of their experts
-    regroup          rows that came, by expert, and back into the order in which they came
+    counts           how many tokens each rank gets; the host waits here
+    send             tokens to the ranks of their experts
+    regroup          rows of what came, by expert
     experts          the grouped products
-    return           rows back
-    combine          weighted sum of each token's rows
+    return           weighted sums of each token back
+    combine          weighted sum of each token's rows; with expert ranks, there and where it came from
 
 ``moved`` is the share of the steps from sort to return, the products left out, in all steps; ``dispatch`` the
 time of the steps from sort to combine, the products left out, over that of the products. Without expert
@@ -45,12 +45,12 @@ from benchmarks.stepping import process_group
 from rxt_dist.arguments import add_overrides
 from rxt_dist.config import RunConfig, load_config
 from rxt_dist.errors import ConfigError, TrainingError, exit_with_message
-from rxt_dist.kernels.combine import combine_rows, place_rows
-from rxt_dist.kernels.permute import permute_rows, repeat_permuted
+from rxt_dist.kernels.combine import combine_rows
+from rxt_dist.kernels.permute import add_rows, repeat_permuted
 from rxt_dist.model.initialisation import initialise
-from rxt_dist.model.moe import ExpertOrder, MoE
+from rxt_dist.model.moe import ExpertOrder, Experts, MoE
 from rxt_dist.parallel.bootstrap import World
-from rxt_dist.parallel.experts import ExpertParallel, Traffic, exchange
+from rxt_dist.parallel.experts import ExpertParallel, Traffic, all_to_all
 from rxt_dist.parallel.mesh import Mesh
 
 STEPS = ("route", "sort", "permute", "counts", "send", "regroup", "experts", "return", "combine")
@@ -72,7 +72,7 @@ def build_layer(config: RunConfig, world: World) -> MoE:
         if mesh.expert_size > 1:
             groups = [dist.new_group(list(ranks)) for ranks in mesh.expert_groups()]
             own = groups[mesh.coordinates(world.rank).edp]
-            layer.experts = ExpertParallel(layer.experts, mesh, world.rank, own)
+            layer.experts = ExpertParallel(layer.experts, part.moe.top_k, mesh, world.rank, own)
     layer.to_empty(device="cpu")
     layer.router.reset_statistics()
     initialise(layer, config.seed)
@@ -84,30 +84,44 @@ def routed(layer: MoE, x: torch.Tensor, clock: Clock) -> torch.Tensor:
     experts = layer.experts
     routing = layer.router(x)
     clock.mark("route")
-    order = ExpertOrder.of(routing.experts, layer.config.num_experts)
+    if not isinstance(experts, ExpertParallel):
+        order = ExpertOrder.of(routing.experts, layer.config.num_experts)
+        clock.mark("sort")
+        rows = repeat_permuted(x, order.order, order.inverse, layer.config.top_k)
+        clock.mark("permute")
+        return computed(experts, rows, order, routing.weights, clock)
+    leaving = experts.depart(routing.experts, routing.weights, active=True)
     clock.mark("sort")
-    rows = repeat_permuted(x, order.order, order.inverse, layer.config.top_k)
+    choices, tokens = (part.index_select(0, leaving.tokens) for part in (leaving.choices, x))
     clock.mark("permute")
-    if isinstance(experts, ExpertParallel):
-        traffic = Traffic.agree(order.offsets, experts.group, active=True)
-        clock.mark("counts")
-        rows = exchange(rows, traffic.sent, traffic.received, experts.group)
-        clock.mark("send")
-        local = ExpertOrder.of(traffic.local_experts, experts.w_in.shape[0])
-        rows = permute_rows(rows, local.order, local.inverse)
-        clock.mark("regroup")
-        rows = experts.products(rows, local)
-        clock.mark("experts")
-        rows = place_rows(rows, experts.b_out, local.order, local.inverse, local.offsets, local.expert_of_row)
-        clock.mark("regroup")
-        rows = exchange(rows, traffic.received, traffic.sent, experts.group)
-        clock.mark("return")
-        bias = None  # added where the experts are
-    else:
-        rows, bias = experts.products(rows, order), experts.b_out
-        clock.mark("experts")
+    traffic = Traffic.start(leaving.counts, experts.group)()
+    clock.mark("counts")
+    coming = [all_to_all(part, traffic.sent, traffic.received, experts.group) for part in (choices, tokens)]
+    for _, arrived in coming:
+        arrived.wait()
+    clock.mark("send")
+    (choices, _), (tokens, _) = coming
+    weights, order = experts.arrive(choices, routing.weights.dtype)
+    order = order.first(traffic.rows)
+    rows = repeat_permuted(tokens, order.order, order.inverse, layer.config.top_k)
+    clock.mark("regroup")
+    sums = computed(experts, rows, order, weights, clock)
+    sums, arrived = all_to_all(sums, traffic.received, traffic.sent, experts.group)
+    arrived.wait()
+    clock.mark("return")
+    out = add_rows(sums, leaving.inverse, len(traffic.sent))
+    clock.mark("combine")
+    return out
+
+
+def computed(
+    experts: Experts, rows: torch.Tensor, order: ExpertOrder, weights: torch.Tensor, clock: Clock
+) -> torch.Tensor:
+    """What the experts of this rank make of the tokens whose ``rows`` are sorted by ``order``."""
+    rows = experts.products(rows, order)
+    clock.mark("experts")
     out = combine_rows(
-        rows, bias, routing.weights, order.order, order.inverse, order.offsets, order.expert_of_row
+        rows, experts.b_out, weights, order.order, order.inverse, order.offsets, order.expert_of_row
     )
     clock.mark("combine")
     return out

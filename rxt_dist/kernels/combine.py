@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rxt_dist.kernels.grouped_gemm import add_group_bias
-from rxt_dist.kernels.permute import place_rows
+from rxt_dist.kernels.permute import add_permuted
 from rxt_dist.kernels.triton_support import HAS_TRITON, uses_triton
 
 if HAS_TRITON:
@@ -47,7 +47,7 @@ def combine_rows(
         return out
     if bias is not None:
         rows = add_group_bias(rows, bias, offsets, expert_of_row)
-    slots = place_rows(rows, order, inverse).view(*weights.shape, rows.shape[1])
+    slots = add_permuted(rows, order, inverse, 1).view(*weights.shape, rows.shape[1])
     combined: torch.Tensor = (slots * weights.to(rows.dtype)[..., None]).sum(dim=1)
     return combined
 

@@ -43,6 +43,19 @@ def counting_sort(
     return order, inverse, ordered, ends
 
 
+def count_keys(keys: torch.Tensor, count: int) -> torch.Tensor:
+    """The last result of :func:`counting_sort` alone, in two kernels."""
+    keys = keys.contiguous()
+    rows = keys.shape[0]
+    blocks = max(1, -(-rows // _ROWS))
+    ends = keys.new_empty(count, dtype=torch.int32)
+    upto = keys.new_empty(blocks, count, dtype=torch.int32)
+    columns = 1 << (count - 1).bit_length()
+    _count[(blocks,)](keys, upto, rows, E=count, COLUMNS=max(32, columns), R=_ROWS)
+    _add_blocks[(-(-count // _KEYS),)](upto, None, ends, blocks, E=count, G=_KEYS, S=_BLOCKS, num_warps=8)
+    return ends
+
+
 @triton.jit
 def _count(keys, upto, rows, E: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr):
     """``upto`` [B, E]: keys of each block that are at most e."""
@@ -72,17 +85,18 @@ def _add_blocks(upto, first, ends, blocks, E: tl.constexpr, G: tl.constexpr, S: 
         begin += tl.sum(tl.load(place - 1, mask=inside & (key > 0)[None, :], other=0), 0)
         start += S
     tl.store(ends + key, end, mask=key < E)
-    start = 0
-    while start < blocks:
-        block = start + line[:, None]
-        inside = (block < blocks) & (key < E)[None, :]
-        place = upto + block * E + key[None, :]
-        below = tl.load(place - 1, mask=inside & (key > 0)[None, :], other=0)
-        own = tl.load(place, mask=inside, other=0) - below
-        before = tl.cumsum(own, 0) - own
-        tl.store(first + block * E + key[None, :], begin[None, :] + before - below, mask=inside)
-        begin += tl.sum(own, 0)
-        start += S
+    if first is not None:
+        start = 0
+        while start < blocks:
+            block = start + line[:, None]
+            inside = (block < blocks) & (key < E)[None, :]
+            place = upto + block * E + key[None, :]
+            below = tl.load(place - 1, mask=inside & (key > 0)[None, :], other=0)
+            own = tl.load(place, mask=inside, other=0) - below
+            before = tl.cumsum(own, 0) - own
+            tl.store(first + block * E + key[None, :], begin[None, :] + before - below, mask=inside)
+            begin += tl.sum(own, 0)
+            start += S
 
 
 @triton.jit

@@ -15,12 +15,6 @@ if HAS_TRITON:
     from rxt_dist.kernels.combine_triton import combine_forward, spread_rows
 
 
-def permute_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """``x[order]`` for a permutation ``order`` int64 [N] of the rows of ``x`` [N, ...], given its inverse."""
-    out: torch.Tensor = _RepeatPermuted.apply(x, order, inverse, 1)  # type: ignore[no-untyped-call]
-    return out
-
-
 def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """``x[rows]`` for distinct ``rows`` int64 [n] of ``x`` [N, ...]: [n, ...]."""
     out: torch.Tensor = _TakeRows.apply(x, rows)  # type: ignore[no-untyped-call]
@@ -41,12 +35,13 @@ def repeat_permuted(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor,
     return out
 
 
-def place_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """``x`` [n, ...] where it came from: row i is row ``order[i]`` of the result [N, ...], the others are 0.
+def add_permuted(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+    """The way back of :func:`repeat_permuted`, and its gradient: rows where they came from, copies added up.
 
-    ``order`` and ``inverse`` as those of :func:`repeat_permuted`, of one copy.
+    ``x`` [n, ...], the others as there -> [N, ...]: row i counts to row ``order[i] // copies``. The copies of
+    a row are added in their order, in fp32 or wider.
     """
-    out: torch.Tensor = _PlaceRows.apply(x, order, inverse)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _AddPermuted.apply(x, order, inverse, copies)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -56,42 +51,48 @@ class _RepeatPermuted(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int
     ) -> torch.Tensor:
         ctx.save_for_backward(inverse)
-        ctx.copies, ctx.count = copies, x.shape[0]
+        ctx.copies = copies
         if x.ndim == 2 and order.shape[0] and uses_triton(x):
             return spread_rows(x.contiguous(), order.shape[0], inverse, copies)
-        source = order if copies == 1 else torch.div(order, copies, rounding_mode="floor")
-        return x.index_select(0, source)
+        return _repeat(x, order, copies)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        grad = grads[0]
-        if ctx.copies > 1 and grad.ndim == 2 and grad.shape[0] and uses_triton(grad):
-            return combine_forward(grad.contiguous(), None, None, inverse, None, ctx.copies), None, None, None
-        grad = _rows_or_zeros(grad, inverse)
-        if ctx.copies > 1:
-            grad = grad.view(ctx.count, ctx.copies, *grad.shape[1:]).sum(1)
-        return grad, None, None, None
+        return add_rows(grads[0], inverse, ctx.copies), None, None, None
 
 
-class _PlaceRows(torch.autograd.Function):
+class _AddPermuted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int
+    ) -> torch.Tensor:
         ctx.save_for_backward(order)
-        return _rows_or_zeros(x, inverse)
+        ctx.copies = copies
+        return add_rows(x, inverse, copies)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (order,) = ctx.saved_tensors
-        return grads[0].index_select(0, order), None, None
+        return _repeat(grads[0], order, ctx.copies), None, None, None
 
 
-def _rows_or_zeros(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``x[rows]``, with zeros where a number is -1."""
+def _repeat(x: torch.Tensor, order: torch.Tensor, copies: int) -> torch.Tensor:
+    source = order if copies == 1 else torch.div(order, copies, rounding_mode="floor")
+    return x.index_select(0, source)
+
+
+def add_rows(x: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+    """Of :func:`add_permuted`, without a gradient."""
     if not x.shape[0]:
-        return x.new_zeros(rows.shape[0], *x.shape[1:])
-    missing = (rows < 0).view(-1, *[1] * (x.ndim - 1))
-    return x.index_select(0, rows.clamp_min(0)).masked_fill_(missing, 0)
+        return x.new_zeros(inverse.shape[0] // copies, *x.shape[1:])
+    if copies > 1 and x.ndim == 2 and uses_triton(x):
+        return combine_forward(x.contiguous(), None, None, inverse, None, copies)
+    missing = (inverse < 0).view(-1, *[1] * (x.ndim - 1))
+    rows = x.index_select(0, inverse.clamp_min(0)).masked_fill_(missing, 0)
+    if copies == 1:
+        return rows
+    return rows.view(rows.shape[0] // copies, copies, *rows.shape[1:]).sum(1)
 
 
 class _TakeRows(torch.autograd.Function):

@@ -13,6 +13,11 @@ from typing import NamedTuple
 
 import torch
 
+from rxt_dist.kernels.triton_support import HAS_TRITON, uses_triton
+
+if HAS_TRITON:
+    from rxt_dist.kernels.order_triton import count_keys
+
 
 class RouterSums(NamedTuple):
     """Losses of one router, as fp32 scalars summed over the tokens of a pass; None: not configured."""
@@ -42,6 +47,9 @@ def z_loss(logits: torch.Tensor) -> torch.Tensor:
 def count_experts(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
     """How often each expert was chosen: int64 [E], of expert numbers int64 of any shape. No host sync."""
     flat = experts.flatten()
+    if uses_triton(flat):
+        ends = count_keys(flat, num_experts)
+        return ends.long().diff(prepend=ends.new_zeros(1))
     return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
 
 

@@ -10,7 +10,7 @@ F hidden width of an expert, S shared experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -92,16 +92,21 @@ class ExpertOrder:
         return cls(order, inverse, expert_of_row, offsets)
 
     @classmethod
-    def of_some(cls, experts: torch.Tensor, held: range, count: int) -> ExpertOrder:
-        """Sort the slots of which the expert is one of ``held``, numbered from 0, and leave out all others.
+    def of_some(cls, experts: torch.Tensor, held: range) -> ExpertOrder:
+        """Sort the slots of which the expert is one of ``held``, numbered from 0, and leave out the others.
 
-        ``experts``: int64 of any shape (flattened to [N * K]), of which ``count`` are among ``held``.
+        ``experts``: int64 of any shape (flattened to [N * K]). Rows beyond the last offset mean nothing: cut
+        them off with :meth:`first`.
         """
         numbers = experts - held.start
         kept = (numbers >= 0) & (numbers < len(held))
         every = cls.of(torch.where(kept, numbers, len(held)), len(held) + 1)
-        inverse = torch.where(every.inverse < count, every.inverse, -1)
-        return cls(every.order[:count], inverse, every.expert_of_row[:count], every.offsets[:-1])
+        inverse = torch.where(every.inverse < every.offsets[-2], every.inverse, -1)
+        return cls(every.order, inverse, every.expert_of_row, every.offsets[:-1])
+
+    def first(self, count: int) -> ExpertOrder:
+        """The first ``count`` rows; it is the last offset, which the host need not read then."""
+        return replace(self, order=self.order[:count], expert_of_row=self.expert_of_row[:count])
 
 
 def expert_distributions(init: ExpertInit, width: int, hidden: int) -> dict[str, Distribution]:
@@ -174,7 +179,8 @@ class Experts(nn.Module):
     """E stacked feed-forwards, each for the tokens that chose it.
 
     Args of forward:
-        x: [N, D]; order: of the experts that the tokens chose; weights: fp32 [N, K], of their outputs.
+        x: [N, D]; weights: fp32 [N, K], of the outputs of the experts that each token chose.
+        order: of these experts, or of those of them that are here.
 
     Returns the weighted sums of the outputs, [N, D].
     """
@@ -202,6 +208,11 @@ class Experts(nn.Module):
 
     def initial_distributions(self) -> dict[str, Distribution]:
         return expert_distributions(self.init, self.w_in.shape[2], self.w_out.shape[2])
+
+    def visit(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Forward for tokens [N, D] that chose the experts ``chosen``, int64 [N, K]."""
+        out: torch.Tensor = self(x, ExpertOrder.of(chosen, self.w_in.shape[0]), weights)
+        return out
 
     def forward(self, x: torch.Tensor, order: ExpertOrder, weights: torch.Tensor) -> torch.Tensor:
         rows = repeat_permuted(x, order.order, order.inverse, weights.shape[1])
@@ -324,6 +335,8 @@ class MoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RouterSums]:
         routing: Routing = self.router(x)
+        if self.loads is not None:
+            self.loads += self.loads_of(routing)
         out = self.run_experts(x, routing)
         if self.output_bias is not None:
             out = out + self.output_bias
@@ -356,11 +369,7 @@ class MoE(nn.Module):
 
     def run_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Send ``x`` [N, D] through the chosen experts and sum their weighted outputs, [N, D]."""
-        order = ExpertOrder.of(routing.experts, self.config.num_experts)
-        if self.loads is not None:
-            self.loads += order.offsets.diff(prepend=order.offsets.new_zeros(1))
-        out: torch.Tensor = self.experts(x, order, routing.weights)
-        return out
+        return self.experts.visit(x, routing.experts, routing.weights)
 
     def _join(self, routed: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
         if not self.config.weighted_shared_experts:

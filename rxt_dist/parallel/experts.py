@@ -1,16 +1,17 @@
-"""Experts spread over ranks: every token travels to the rank of its expert and back.
+"""Experts spread over ranks: every token travels once to each rank that has one of its experts.
 
-Rows arrive sorted by expert, so what each rank gets is one run of them. The ranks first tell each other how
-many rows each expert will get; those numbers are the only thing the host waits for. Then rows are exchanged
-in uneven runs, sorted by expert again, computed, and sent back along the same way.
+It takes the numbers and weights of its experts along. The rank adds up what its experts make of the token,
+and one row goes back; where the token came from, these sums are added. The ranks first tell each other how
+much they will send; those numbers are the only thing the host waits for.
 
-Shape legend: n rows of this rank, m rows that its experts get, D width, E experts, e experts of this rank,
-R ranks of the expert group.
+Shape legend: N tokens of this rank, K experts of a token, D width, E experts, e experts of this rank, R ranks
+of the expert group, s tokens that this rank sends (one that goes to two ranks counts twice), m tokens that it
+gets, n rows of its experts: pairs of a token that it gets and one of its experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,57 +19,73 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._compile import _disable_dynamo
 
-from rxt_dist.kernels.combine import combine_rows
-from rxt_dist.kernels.grouped_gemm import add_group_bias
-from rxt_dist.kernels.permute import permute_rows, place_rows, repeat_permuted
+from rxt_dist.kernels.compilation import compiled_kernel
+from rxt_dist.kernels.permute import add_rows
+from rxt_dist.model.balance import count_experts
 from rxt_dist.model.canonical import Cut
 from rxt_dist.model.moe import ExpertOrder, Experts
 from rxt_dist.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True, eq=False)
-class Traffic:
-    """How many rows go where in one exchange.
+class Departure:
+    """What this rank sends.
 
     Attributes:
-        sent, received: rows to and from every rank of the group, on the host.
-        local_experts: int64 [m], expert of this rank that each received row is for.
+        tokens: int64 [N * min(R, K)], of which the first s are the tokens for each rank, rank by rank.
+        inverse: int64 [N * R], where there is token t for rank r, at ``t * R + r``; -1: nowhere.
+        counts: int64 [R, 3], for each rank its tokens, its experts' rows, and whether this rank is active.
+        choices: int32 [N, 2 * K], bits of the weights (with fp64 [N, 3 * K]) and numbers of the experts.
+    """
+
+    tokens: torch.Tensor
+    inverse: torch.Tensor
+    counts: torch.Tensor
+    choices: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Traffic:
+    """How much goes where in one exchange.
+
+    Attributes:
+        sent, received: tokens to and from every rank of the group, on the host; rows: n.
         any_active: whether a rank of the group called in a pass of its own (see :func:`uneven_passes`).
     """
 
     sent: list[int]
     received: list[int]
-    local_experts: torch.Tensor
+    rows: int
     any_active: bool
 
     @classmethod
-    def agree(cls, offsets: torch.Tensor, group: dist.ProcessGroup, *, active: bool) -> Traffic:
-        """Tell every rank what it will get. Collective; the one point where the host waits for the device.
+    def start(cls, counts: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], Traffic]:
+        """Tell every rank what it will get (:class:`Departure`). Collective; the result waits for theirs, and
+        there the host waits for the device."""
+        incoming = torch.empty_like(counts)
+        work = dist.all_to_all_single(incoming, counts, group=group, async_op=True)
 
-        ``offsets``: int32 [E], end of each expert's run in the rows of this rank.
-        """
-        ranks = group.size()
-        counts = torch.diff(offsets.long(), prepend=offsets.new_zeros(1, dtype=torch.int64)).view(ranks, -1)
-        outgoing = torch.cat([counts, counts.new_full((ranks, 1), int(active))], dim=1)
-        incoming = torch.empty_like(outgoing)
-        dist.all_to_all_single(incoming, outgoing, group=group)
-        counted = incoming[:, :-1]
-        sent, received, flags = torch.stack([counts.sum(1), counted.sum(1), incoming[:, -1]]).tolist()
-        numbers = torch.arange(counted.shape[1], device=offsets.device).repeat(ranks)
-        local = torch.repeat_interleave(numbers, counted.flatten(), output_size=sum(received))
-        return cls(sent, received, local, any(flags))
+        def agree() -> Traffic:
+            work.wait()
+            sent, received, rows, active = torch.cat([counts[:, :1], incoming], dim=1).T.tolist()
+            return cls(sent, received, sum(rows), any(active))
+
+        return agree
 
 
 class ExpertParallel(Experts):
     """The part of a layer's experts that this rank holds; stands where :class:`Experts` stood.
 
-    Forward takes and returns what :class:`Experts` does, with ``order`` that of all E experts, wherever the
-    outputs are computed. Collective over the expert group: every rank of it calls at the same time, also with
-    no tokens.
+    What :meth:`visit` takes and returns is the same. Collective over the expert group: every rank of it calls
+    at the same time, also with no tokens.
+
+    Args:
+        whole: all experts; top_k: K.
     """
 
-    def __init__(self, whole: Experts, mesh: Mesh, rank: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, whole: Experts, top_k: int, mesh: Mesh, rank: int, group: dist.ProcessGroup) -> None:
         total, width, hidden = whole.w_out.shape
         held = mesh.experts_of(rank, total)
         with whole.w_out.device:
@@ -82,71 +99,141 @@ class ExpertParallel(Experts):
                 init=whole.init,
             )
         self.first_expert = held.start
-        self.total_experts = total
+        self.total_experts, self.top_k = total, top_k
         self.group = group
 
+    @property
+    def held(self) -> range:
+        """Numbers of the experts of this rank."""
+        return range(self.first_expert, self.first_expert + self.w_in.shape[0])
+
     def cuts(self) -> dict[str, list[Cut]]:
-        held = range(self.first_expert, self.first_expert + self.w_in.shape[0])
         return {
-            name: [Cut.along(0, (self.total_experts, *parameter.shape[1:]), held)]
+            name: [Cut.along(0, (self.total_experts, *parameter.shape[1:]), self.held)]
             for name, parameter in self.named_parameters()
         }
 
-    def forward(self, x: torch.Tensor, order: ExpertOrder, weights: torch.Tensor) -> torch.Tensor:
-        rows = repeat_permuted(x, order.order, order.inverse, weights.shape[1])
-        rows = self._through_all(rows, Traffic.agree(order.offsets, self.group, active=True))
-        return combine_rows(
-            rows, None, weights, order.order, order.inverse, order.offsets, order.expert_of_row
-        )
+    # Sizes are news in every pass, and the compiler has nothing to join but what is marked.
+    @_disable_dynamo
+    def visit(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self._visit(x, chosen, weights, active=True)[0]
 
     def serve(self) -> bool:
         """Compute for the others in one call of theirs; whether any of them had a pass of its own."""
-        offsets = torch.zeros(self.total_experts, dtype=torch.int32, device=self.w_in.device)
-        traffic = Traffic.agree(offsets, self.group, active=False)
-        self._through_all(self.w_in.new_empty(0, self.w_in.shape[2]), traffic)
-        return traffic.any_active
+        x = self.w_in.new_empty(0, self.w_in.shape[2])
+        weights = x.new_empty(0, self.top_k, dtype=torch.promote_types(x.dtype, torch.float32))
+        return self._visit(x, torch.empty_like(weights, dtype=torch.int64), weights, active=False)[1]
 
-    def _through_all(self, x: torch.Tensor, traffic: Traffic) -> torch.Tensor:
-        rows = exchange(x, traffic.sent, traffic.received, self.group)
-        order = ExpertOrder.of(traffic.local_experts, self.w_in.shape[0])
-        rows = permute_rows(rows, order.order, order.inverse)
-        rows = self.products(rows, order)
-        if self.b_out is not None:
-            rows = add_group_bias(rows, self.b_out, order.offsets, order.expert_of_row)
-        rows = place_rows(rows, order.order, order.inverse)
-        return exchange(rows, traffic.received, traffic.sent, self.group)
+    def _visit(
+        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, *, active: bool
+    ) -> tuple[torch.Tensor, bool]:
+        """What :meth:`visit` returns, and whether a rank of the group has called it."""
+        leaving = self.depart(chosen, weights.detach(), active=active)
+        x, weights, order, traffic = _Send.apply(x, weights, leaving, self)  # type: ignore[no-untyped-call]
+        sums = self(x, order, weights)
+        out: torch.Tensor = _SendBack.apply(sums, leaving, traffic, self.group)  # type: ignore[no-untyped-call]
+        return out, traffic.any_active
+
+    @compiled_kernel
+    def depart(self, chosen: torch.Tensor, weights: torch.Tensor, *, active: bool) -> Departure:
+        """What goes where, of tokens that chose the experts ``chosen`` [N, K] with ``weights`` [N, K]."""
+        held, top_k = self.w_in.shape[0], self.top_k
+        chosen, weights = chosen.flatten().view(-1, top_k), weights.flatten().view(-1, top_k)  # a known width
+        ranks = torch.arange(self.total_experts // held, device=chosen.device)
+        visited = (torch.div(chosen, held, rounding_mode="floor")[..., None] == ranks).any(dim=1)
+        order = ExpertOrder.of_some(torch.where(visited, ranks, len(ranks)), range(len(ranks)))
+        most = chosen.shape[0] * min(len(ranks), top_k)
+        tokens = torch.div(order.order[:most], len(ranks), rounding_mode="floor")
+        there = order.offsets.long().diff(prepend=order.offsets.new_zeros(1))
+        rows = count_experts(chosen, self.total_experts).view(len(ranks), held).sum(1)
+        counts = torch.stack([there, rows, torch.full_like(rows, int(active))], dim=1)
+        choices = torch.cat([weights.view(torch.int32), chosen.int()], dim=1)
+        return Departure(tokens, order.inverse, counts, choices)
+
+    @compiled_kernel
+    def arrive(self, choices: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ExpertOrder]:
+        """Weights [m, K] of tokens that have come, and the order of their rows, to be cut at n."""
+        weights, chosen = choices[:, : -self.top_k], choices[:, -self.top_k :]
+        return weights.contiguous().view(dtype), ExpertOrder.of_some(chosen.long(), self.held)
 
 
-def exchange(
-    rows: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-) -> torch.Tensor:
-    """Send consecutive runs of ``rows`` [n, D] to the ranks of ``group``; returns what came, by rank.
+class _Send(torch.autograd.Function):
+    """(``x`` [N, D], weights [N, K]) -> (tokens [m, D], their weights [m, K], order of their rows, traffic).
 
-    The gradient travels the same way back. Collective, also where there is nothing to send.
+    Tokens are laid out while the counts travel, and sorted while they travel themselves.
     """
-    out: torch.Tensor = _Exchange.apply(rows, sent, received, group)  # type: ignore[no-untyped-call]
-    return out
 
-
-class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+        ctx: Any, x: torch.Tensor, weights: torch.Tensor, leaving: Departure, experts: ExpertParallel
+    ) -> tuple[torch.Tensor, torch.Tensor, ExpertOrder, Traffic]:
+        agree = Traffic.start(leaving.counts, experts.group)
+        choices = leaving.choices.index_select(0, leaving.tokens)
+        x = x.index_select(0, leaving.tokens)
+        traffic = agree()
+        way = traffic.sent, traffic.received, experts.group
+        choices, read = all_to_all(choices, *way)
+        x, arrived = all_to_all(x, *way)
+        read.wait()
+        dtype = weights.dtype
+        weights, order = experts.arrive(choices, dtype)
+        arrived.wait()
+        ctx.save_for_backward(leaving.inverse)
+        ctx.traffic, ctx.group = traffic, experts.group
+        frozen = [t for t, needed in zip((x, weights), ctx.needs_input_grad, strict=False) if not needed]
+        ctx.mark_non_differentiable(*frozen)
+        return x, weights, order.first(traffic.rows), traffic
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        traffic: Traffic = ctx.traffic
+        coming = [
+            all_to_all(grad, traffic.received, traffic.sent, ctx.group) if needed else None
+            for grad, needed in zip(grads[:2], ctx.needs_input_grad, strict=False)
+        ]
+        found: list[torch.Tensor | None] = [None, None]
+        for number, one in enumerate(coming):
+            if one is not None:
+                one[1].wait()
+                found[number] = add_rows(one[0], inverse, len(traffic.sent))
+        return found[0], found[1], None, None
+
+
+class _SendBack(torch.autograd.Function):
+    """Sums of this rank's experts [m, D] -> sums of all experts, for the tokens [N, D] of this rank."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sums: torch.Tensor, leaving: Departure, traffic: Traffic, group: dist.ProcessGroup
     ) -> torch.Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _all_to_all(rows, sent, received, group)
+        sums, arrived = all_to_all(sums, traffic.received, traffic.sent, group)
+        ctx.save_for_backward(leaving.tokens)
+        ctx.traffic, ctx.group = traffic, group
+        arrived.wait()
+        return add_rows(sums, leaving.inverse, len(traffic.sent))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _all_to_all(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
+        (tokens,) = ctx.saved_tensors
+        traffic: Traffic = ctx.traffic
+        grad = grads[0].index_select(0, tokens)
+        grad, arrived = all_to_all(grad, traffic.sent, traffic.received, ctx.group)
+        arrived.wait()
+        return grad, None, None, None
 
 
-def _all_to_all(
+def all_to_all(
     rows: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, dist.Work]:
+    """Send the first of ``rows`` [n, ...] to the ranks of ``group`` in consecutive runs. Collective.
+
+    Returns what will have come [m, ...], by rank, when the second result has been waited for.
+    """
+    rows = rows[: sum(sent)].contiguous()
     out = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
-    return out
+    work = dist.all_to_all_single(out, rows, received, sent, group=group, async_op=True)
+    return out, work
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def parallelize(model: RxTModel, mesh: Mesh, rank: int) -> None:
         group = _expert_group(mesh, rank)
         for part in list(model.modules()):
             if isinstance(part, MoE):
-                part.experts = ExpertParallel(part.experts, mesh, rank, group)
+                part.experts = ExpertParallel(part.experts, part.config.top_k, mesh, rank, group)
     elif mesh.tensor_size > 1 and any(isinstance(part, MoE) for part in model.modules()):
         _expert_group(mesh, rank)  # of one rank each: their copies on all ranks sum gradients
     model.placement = Placement(mesh, rank, groups)  # type: ignore[assignment]

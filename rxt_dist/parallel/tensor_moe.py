@@ -57,18 +57,12 @@ class SlicedMoE(MoE):
         return own if self._tensor.sliced is None else summed(own, self._tensor.ranks)
 
     def run_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        group, loads = self._tensor.ranks, self.loads
-        if loads is not None:
-            loads += self.loads_of(routing)  # of all tokens, as data-parallel peers count theirs
-        self.loads = None
         if self._tensor.sliced is not None:
-            out = super().run_experts(x, routing)
-        else:
-            own = slice_of(x.shape[0], group)
-            part = replace(routing, weights=take_slice(routing.weights, group), experts=routing.experts[own])
-            out = join_slices(super().run_experts(take_slice(x, group), part), x.shape[0], group)
-        self.loads = loads
-        return out
+            return super().run_experts(x, routing)
+        group = self._tensor.ranks
+        own = slice_of(x.shape[0], group)
+        part = replace(routing, weights=take_slice(routing.weights, group), experts=routing.experts[own])
+        return join_slices(super().run_experts(take_slice(x, group), part), x.shape[0], group)
 
 
 class TensorSharedExperts(SharedExperts):

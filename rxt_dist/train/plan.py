@@ -237,7 +237,7 @@ class _StagePlan:
         reductions = self.accumulation if self.config.zero.stage > 1 else 1
         reduced = {"auto": self.element, "fp32": _FP32_BYTES, "bf16": 2}[self.config.zero.reduce_dtype]
         groups = [(elements, ranks) for elements, _, ranks in self._partitions()]
-        exchanged = self._exchanged()
+        row = self.config.model.embed_dim * self.element
         return {
             "gradient_reduction": reductions
             * self._passes
@@ -245,26 +245,34 @@ class _StagePlan:
             "parameter_all_gather": self._sent_weights()
             if self.cut
             else sum(_sent(size * self.element, ranks) for size, ranks in groups),
-            "expert_all_to_all_per_layer_and_direction": exchanged,
-            "expert_all_to_all": exchanged * self._exchanges() // self.window,
+            "expert_all_to_all_per_layer_and_direction": int(self._travellers() * row),
+            "expert_all_to_all": self._exchanged(),
             "tensor_parallel": self._tensor_bytes(),
         }
 
-    def _exchanged(self) -> int:
-        """Bytes that a rank sends so that the rows of a step go to the ranks of their experts, in a layer."""
-        moe = self.config.model.decoder.moe
+    def _travellers(self) -> float:
+        """How often a step's tokens go to another rank in a layer: to each that has one of their experts."""
+        moe, ranks = self.config.model.decoder.moe, self.mesh.expert_size
         if moe is None or not _moes(self.module):
-            return 0
-        rows = self.micro_tokens * self.accumulation * moe.top_k // self.mesh.tensor_size
-        return _sent(rows * self.config.model.embed_dim * self.element, self.mesh.expert_size)
+            return 0.0
+        elsewhere = moe.num_experts - moe.num_experts // ranks
+        spared = math.comb(elsewhere, moe.top_k) / math.comb(moe.num_experts, moe.top_k)
+        return self.micro_tokens * self.accumulation / self.mesh.tensor_size * (ranks - 1) * (1 - spared)
 
-    def _exchanges(self) -> int:
-        """How often the rows of one position of a window go one way, over all layers and positions: to the
-        experts and back, and so do their gradients; recomputed ones go once more."""
+    def _exchanged(self) -> int:
+        """Bytes that a rank sends in a step so that tokens reach experts and come back, and their gradients,
+        over all layers; recomputed ones go there and back once more."""
+        moe = self.config.model.decoder.moe
+        if moe is None:
+            return 0
         layers = len(_moes(self.module))
         # Gradients do not go beyond the first layer that reads the memory if the decoder is frozen.
         ahead = 0 if self._keeps("decoder") else self.config.model.decoder.stateless_layers.count("moe")
-        return 2 * layers * (self.window + self.recomputed) + 2 * (layers - ahead) * self.window
+        rows = 2 * self.config.model.embed_dim * self.element
+        weights = moe.top_k * _FP32_BYTES  # numbers of experts, which have no gradient, are as many bytes
+        forward = layers * (self.window + self.recomputed) * (rows + 2 * weights)
+        backward = (layers - ahead) * self.window * (rows + weights)
+        return int(self._travellers() * (forward + backward) / self.window)
 
     @property
     def _passes(self) -> int:

@@ -14,7 +14,7 @@ from helpers.interpreter import interpreter  # noqa: F401
 from rxt_dist.kernels import triton_support
 from rxt_dist.kernels.activation import Activation, activate, activate_rows
 from rxt_dist.kernels.combine import combine_rows
-from rxt_dist.kernels.permute import place_rows, repeat_permuted
+from rxt_dist.kernels.permute import add_permuted, repeat_permuted
 from rxt_dist.kernels.segments_triton import new_segments, sum_segments
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
@@ -282,20 +282,6 @@ def test_nothing_is_written_beyond_the_results(monkeypatch: pytest.MonkeyPatch) 
         assert (memory[size:] == 77.0).all()
 
 
-@pytest.mark.parametrize(("count", "places"), [(7, 7), (7, 12), (0, 3), (0, 0)])
-def test_rows_go_back_to_their_places(count: int, places: int) -> None:
-    torch.manual_seed(0)
-    order, inverse = shuffled([count], places)
-    x, factor = random(count, 5, dtype=torch.float32), torch.randn(places, 5)
-    out = place_rows(x, order, inverse)
-    expected = torch.zeros(places, 5)
-    expected[order] = x.detach()
-    assert torch.equal(out, expected)
-    (out * factor).sum().backward()
-    assert x.grad is not None
-    assert torch.equal(x.grad, factor[order])
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     ("tokens", "copies", "width", "missing"),
@@ -324,6 +310,27 @@ def test_gradient_of_repeated_rows(
     (rows * factor).sum().backward()
     (exact_x.repeat_interleave(copies, 0)[order] * factor).sum().backward()
     assert_near(x.grad, exact_x.grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("tokens", "copies", "width", "missing"),
+    [(23, 6, 130, 50), (23, 2, 6, 0), (40, 3, 70, 90), (5, 1, 8, 2), (3, 2, 8, 6), (0, 2, 8, 0)],
+)
+def test_sums_of_copies(
+    backend: str, tokens: int, copies: int, width: int, missing: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    slots = tokens * copies
+    order, inverse = shuffled([slots - missing], slots)
+    rows, factor = random(slots - missing, width, dtype=dtype), torch.randn(tokens, width).to(dtype)
+    (exact_rows,) = exactly(rows)
+    out = add_permuted(rows, order, inverse, copies)
+    exact = torch.zeros(tokens, width, dtype=torch.float64).index_add(0, order // copies, exact_rows)
+    assert_near(out, exact, dtype)
+    (out * factor).sum().backward()
+    assert rows.grad is not None
+    assert torch.equal(rows.grad, factor[order // copies])
 
 
 def test_gradients_by_finite_differences() -> None:

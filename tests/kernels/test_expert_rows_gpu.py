@@ -37,17 +37,22 @@ def choices(tokens: int, copies: int) -> torch.Tensor:
     return (favour + noise).topk(copies).indices
 
 
-def make(width: int, hidden: int, *, gated: bool, activation: Activation, biased: bool) -> Experts:
-    experts = Experts(EXPERTS, width, hidden, gated=gated, activation=activation, biased=biased).to(CUDA)
+def make(
+    width: int, hidden: int, *, gated: bool, activation: Activation, biased: bool, count: int = EXPERTS
+) -> Experts:
+    experts = Experts(count, width, hidden, gated=gated, activation=activation, biased=biased).to(CUDA)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=width**-0.5 if parameter.ndim == 3 else 1.0)
     return experts.bfloat16()
 
 
-def run(experts: Experts, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> list[torch.Tensor]:
+def run(
+    experts: Experts, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor | ExpertOrder
+) -> list[torch.Tensor]:
     """The result and all gradients."""
     inputs = [x.detach().requires_grad_(), weights.detach().requires_grad_()]
-    out = experts(inputs[0], ExpertOrder.of(chosen, EXPERTS), inputs[1])
+    order = chosen if isinstance(chosen, ExpertOrder) else ExpertOrder.of(chosen, EXPERTS)
+    out = experts(inputs[0], order, inputs[1])
     factor = torch.linspace(-1, 1, out.numel(), device=CUDA).view(out.shape).bfloat16()
     gradients = torch.autograd.grad(out, [*inputs, *experts.parameters()], factor.to(out.dtype))
     return [out.detach(), *gradients]
@@ -89,6 +94,45 @@ def test_experts(
             assert not gradient[[0, 17]].any()
         for left, right in zip(found, run(experts, x, weights, chosen), strict=True):
             assert torch.equal(left, right)  # whatever the order in which programs ran
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_some_experts(compiled: bool) -> None:
+    """What ranks make of tokens of which other experts are elsewhere, together what all make of them."""
+    width, copies, part = 256, 6, EXPERTS // 2
+    experts, exact = (make(width, 384, gated=True, activation="silu", biased=True) for _ in range(2))
+    exact.double()
+    with torch.no_grad():
+        for ours, theirs in zip(experts.parameters(), exact.parameters(), strict=True):
+            theirs.copy_(ours)
+    halves = [make(width, 384, gated=True, activation="silu", biased=True, count=part) for _ in range(2)]
+    for number, half in enumerate(halves):
+        with torch.no_grad():
+            for ours, theirs in zip(half.parameters(), experts.parameters(), strict=True):
+                ours.copy_(theirs[number * part :][:part])
+        if compiled:
+            half.compile(dynamic=True, fullgraph=True)
+    for tokens in (3001, 777):
+        x, weights = (
+            torch.randn(tokens, width, device=CUDA).bfloat16(),
+            torch.rand(tokens, copies, device=CUDA),
+        )
+        chosen = choices(tokens, copies)
+        chosen[tokens // 2 :] %= part  # nothing of the second half is visited by the second tokens
+        total, *gradients = run(exact, x.double(), weights.double(), chosen)
+        found = []
+        for number, half in enumerate(halves):
+            held = range(number * part, (number + 1) * part)
+            order = ExpertOrder.of_some(chosen, held).first(int(((chosen // part) == number).sum()))
+            found.append(run(half, x, weights, order))
+            for left, right in zip(found[-1], run(half, x, weights, order), strict=True):
+                assert torch.equal(left, right)
+            assert not found[-1][2][(chosen // part) != number].any()
+        assert_near(found[0][0] + found[1][0], total)
+        for left, right, both in zip(found[0][1:3], found[1][1:3], gradients[:2], strict=True):
+            assert_near(left + right, both)
+        for left, right, both in zip(found[0][3:], found[1][3:], gradients[2:], strict=True):
+            assert_near(torch.cat([left, right]), both)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -7,8 +7,9 @@ import torch
 from helpers.interpreter import interpreter  # noqa: F401
 
 from rxt_dist.kernels import order_triton, triton_support
-from rxt_dist.kernels.order_triton import counting_sort
+from rxt_dist.kernels.order_triton import count_keys, counting_sort
 from rxt_dist.kernels.router_triton import route
+from rxt_dist.model.balance import count_experts
 from rxt_dist.model.moe import ExpertOrder, Router
 
 EPS = 1e-9
@@ -140,14 +141,18 @@ def test_counting_sort(rows: int, count: int, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(order, places)
     assert torch.equal(inverse[order], torch.arange(rows))
     assert torch.equal(ends, torch.bincount(keys, minlength=count).cumsum(0).to(torch.int32))
+    assert torch.equal(count_keys(keys, count), ends)
+    assert torch.equal(count_experts(keys, count), torch.bincount(keys, minlength=count))
 
 
 def test_expert_order_is_the_same_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = torch.randint(0, 9, (50, 3), generator=torch.Generator().manual_seed(1))
-    ours = ExpertOrder.of(experts, 9)
-    monkeypatch.setattr(triton_support, "interpreted", False)
-    plain = ExpertOrder.of(experts, 9)
-    for name in ("order", "inverse", "expert_of_row", "offsets"):
-        left, right = getattr(ours, name), getattr(plain, name)
-        assert left.dtype == right.dtype
-        assert torch.equal(left, right)
+    found = []
+    for interpreted in (True, False):
+        monkeypatch.setattr(triton_support, "interpreted", interpreted)
+        found.append([ExpertOrder.of(experts, 9), ExpertOrder.of_some(experts, range(3, 7))])
+    for ours, plain in zip(*found, strict=True):
+        for name in ("order", "inverse", "expert_of_row", "offsets"):
+            left, right = getattr(ours, name), getattr(plain, name)
+            assert left.dtype == right.dtype
+            assert torch.equal(left, right)

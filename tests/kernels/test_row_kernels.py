@@ -8,7 +8,7 @@ import torch
 import rxt_dist.kernels.grouped_gemm as grouped_gemm
 from rxt_dist.kernels.grouped_gemm import add_group_bias, grouped_linear
 from rxt_dist.kernels.norm import RMS_EPS, rms_norm
-from rxt_dist.kernels.permute import permute_rows, repeat_permuted, take_rows
+from rxt_dist.kernels.permute import add_permuted, repeat_permuted, take_rows
 
 
 def plain_rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_permutations_and_their_gradients() -> None:
     factor = torch.randn(15, 4)
     rows = repeat_permuted(x, order, inverse, 3)
     assert torch.equal(rows, x.repeat_interleave(3, 0)[order])
-    assert torch.equal(permute_rows(rows, inverse, order), x.repeat_interleave(3, 0))
+    assert torch.equal(add_permuted(rows, order, inverse, 1), x.repeat_interleave(3, 0))
     (rows * factor).sum().backward()
     ours, x.grad = x.grad, None
     (x.repeat_interleave(3, 0)[order] * factor).sum().backward()

@@ -176,13 +176,13 @@ def test_expert_order() -> None:
 
 def test_order_of_some_experts() -> None:
     chosen = torch.tensor([[2, 0], [2, 3], [0, 1], [3, 4]])
-    order = ExpertOrder.of_some(chosen, range(2, 4), 4)
+    order = ExpertOrder.of_some(chosen, range(2, 4)).first(4)
     assert order.order.tolist() == [0, 2, 3, 6]
     assert order.inverse.tolist() == [0, -1, 1, 2, -1, -1, 3, -1]
     assert order.expert_of_row.tolist() == [0, 0, 1, 1]
     assert order.offsets.tolist() == [2, 4]
     assert order.offsets.dtype == torch.int32
-    nothing = ExpertOrder.of_some(chosen[:1], range(3, 5), 0)
+    nothing = ExpertOrder.of_some(chosen[:1], range(3, 5)).first(0)
     assert (nothing.order.tolist(), nothing.inverse.tolist(), nothing.offsets.tolist()) == (
         [],
         [-1, -1],
@@ -207,7 +207,7 @@ def test_parts_of_the_experts_add_up_to_all(bias: str) -> None:
             for name, parameter in part.named_parameters():
                 parameter.copy_(whole.get_parameter(name)[held.start : held.stop])
         here = (chosen >= held.start) & (chosen < held.stop)
-        out = part(x, ExpertOrder.of_some(chosen, held, int(here.sum())), weights)
+        out = part(x, ExpertOrder.of_some(chosen, held).first(int(here.sum())), weights)
         ours = torch.autograd.grad(out, [x, weights, *part.parameters()], factor)
         assert not ours[1][~here].any()
         assert not ours[0][~here.any(1)].any()

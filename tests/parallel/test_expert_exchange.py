@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.engines import join_deepspeed
 from helpers.host_waits import waits_of
+from helpers.interpreter import interpreter  # noqa: F401
 from helpers.launch import run_function
 from torch import nn
 
 from rxt_dist.config import MoEConfig
 from rxt_dist.model.initialisation import initialise
 from rxt_dist.model.moe import ExpertOrder, Experts, MoE
-from rxt_dist.parallel.experts import ExpertParallel, exchange, uneven_passes
+from rxt_dist.parallel.experts import ExpertParallel, all_to_all, uneven_passes
 from rxt_dist.parallel.mesh import Mesh
 
 D, HIDDEN, E, K, RANKS = 16, 12, 6, 2, 3
@@ -35,13 +39,65 @@ def rows_of(rank: int) -> torch.Tensor:
 def spread(layer: MoE) -> ExpertParallel:
     rank = dist.get_rank()
     group = dist.new_group(list(range(RANKS)))
-    experts = ExpertParallel(layer.experts, Mesh(RANKS, expert_size=RANKS), rank, group)
+    experts = ExpertParallel(layer.experts, K, Mesh(RANKS, expert_size=RANKS), rank, group)
     with torch.no_grad():
         held = slice(experts.first_expert, experts.first_expert + E // RANKS)
         for name, parameter in experts.named_parameters():
             parameter.copy_(layer.experts.get_parameter(name)[held])
     layer.experts = experts
     return experts
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "ranks", "top_k"),
+    [(40, 6, 3, 2), (7, 6, 2, 5), (33, 8, 8, 3), (9, 4, 2, 1), (0, 4, 4, 2)],
+)
+def test_what_a_rank_sends(
+    tokens: int, experts: int, ranks: int, top_k: int, kernels: bool, request: pytest.FixtureRequest
+) -> None:
+    if kernels:
+        request.getfixturevalue("interpreter")
+    whole = Experts(experts, D, HIDDEN, gated=True, activation="silu", biased=True)
+    group = cast(dist.ProcessGroup, None)
+    part = ExpertParallel(whole, top_k, Mesh(ranks, expert_size=ranks), ranks - 1, group)
+    chosen = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(1)).topk(top_k).indices
+    weights = torch.rand(tokens, top_k, generator=torch.Generator().manual_seed(2)) - 0.5
+    leaving = part.depart(chosen, weights, active=True)
+    visited = [{expert // (experts // ranks) for expert in one} for one in chosen.tolist()]
+    sent = [(token, rank) for rank in range(ranks) for token in range(tokens) if rank in visited[token]]
+    assert leaving.tokens[: len(sent)].tolist() == [token for token, _ in sent]
+    places = {way: place for place, way in enumerate(sent)}
+    assert leaving.inverse.view(-1, ranks).tolist() == [
+        [places.get((token, rank), -1) for rank in range(ranks)] for token in range(tokens)
+    ]
+    assert leaving.counts.tolist() == [
+        [sum(way[1] == rank for way in sent), int((chosen // (experts // ranks) == rank).sum()), 1]
+        for rank in range(ranks)
+    ]
+    came, order = part.arrive(leaving.choices, torch.float32)
+    assert torch.equal(came, weights)
+    here = (chosen >= part.held.start).flatten()
+    assert torch.equal(order.inverse >= 0, here)
+    rows = order.first(int(here.sum()))
+    assert torch.equal(rows.expert_of_row + part.held.start, chosen.flatten()[rows.order])
+
+
+@contextmanager
+def messages() -> Iterator[list[tuple[list[int], int]]]:
+    """Of every exchange of this rank: rows to each rank, and bytes of a row."""
+    sent: list[tuple[list[int], int]] = []
+    plain = dist.all_to_all_single
+
+    def noted(out: torch.Tensor, rows: torch.Tensor, *splits: Any, **options: Any) -> Any:
+        of_ranks = splits[1] if splits else [len(rows) // RANKS] * RANKS
+        assert sum(of_ranks) == len(rows)
+        sent.append((of_ranks, rows[:1].nbytes if len(rows) else 0))
+        return plain(out, rows, *splits, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", noted)
+        yield sent
 
 
 def train_once(folder: Path, lose_all: bool) -> None:
@@ -52,9 +108,10 @@ def train_once(folder: Path, lose_all: bool) -> None:
     experts = spread(layer)
     x = rows_of(rank).requires_grad_()
     out: list[torch.Tensor] = []
-    forward = waits_of(lambda: out.append(layer(x)[0]))
-    loss = (out[0] * torch.arange(D)).sum()
-    backward = waits_of(loss.backward)
+    with messages() as sent:
+        forward = waits_of(lambda: out.append(layer(x)[0]))
+        loss = (out[0] * torch.arange(D)).sum()
+        backward = waits_of(loss.backward)
     torch.save(
         {
             "out": out[0].detach(),
@@ -63,6 +120,7 @@ def train_once(folder: Path, lose_all: bool) -> None:
             "first": experts.first_expert,
             "experts": {name: p.grad for name, p in experts.named_parameters()},
             "syncs": [forward, backward],
+            "sent": sent,
         },
         folder / f"{rank}.pt",
     )
@@ -97,6 +155,30 @@ def test_spread_experts_are_the_whole_layer(tmp_path: Path, lose_all: bool) -> N
     torch.testing.assert_close(router, layer.router.proj.weight.grad, rtol=1e-4, atol=1e-4)
     idle = [one["experts"]["w_in"].abs().sum() for one in found]
     assert (idle[1] == 0) == lose_all
+
+
+@pytest.mark.parametrize("lose_all", [False, True])
+def test_a_token_goes_once_to_a_rank(tmp_path: Path, lose_all: bool) -> None:
+    """Whether one or both of its experts are there; back and forth, and its gradients."""
+    assert run_function(RANKS, train_once, tmp_path, lose_all) == [0] * RANKS
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True)["sent"] for rank in range(RANKS)]
+    layer = moe()
+    if lose_all:
+        _send_to_first(layer)
+    table = []  # tokens from each rank to each
+    for rank in range(RANKS):
+        chosen = layer.router(rows_of(rank)).experts.tolist()
+        visited = [{expert // (E // RANKS) for expert in one} for one in chosen]
+        table.append([sum(rank in ranks for ranks in visited) for rank in range(RANKS)])
+    assert lose_all or 0 < sum(map(sum, table)) < K * sum(len(rows_of(rank)) for rank in range(RANKS))
+    row, weights = 4 * D, 4 * K
+    for rank in range(RANKS):
+        there, back = table[rank], [line[rank] for line in table]
+        counts, *rest = found[rank]
+        assert counts == ([1] * RANKS, 3 * 8)
+        sizes = [2 * weights, row, row, row, row, weights]
+        ways = [there, there, back, there, back, back]
+        assert rest == [(way, size if sum(way) else 0) for way, size in zip(ways, sizes, strict=True)]
 
 
 def test_a_whole_layer_never_waits() -> None:
@@ -152,13 +234,14 @@ def exchange_back_and_forth(folder: Path) -> None:
     rank = dist.get_rank()
     sent = [[2, 0, 1], [0, 0, 0], [3, 4, 0]][rank]
     received = [[2, 0, 3], [0, 0, 4], [1, 0, 0]][rank]
-    rows = (torch.arange(sum(sent) * 2.0) + 100 * rank).view(-1, 2).requires_grad_()
+    rows = (torch.arange(sum(sent) * 2.0) + 100 * rank).view(-1, 2)
     group = dist.group.WORLD
     assert group is not None
-    there = exchange(rows, sent, received, group)
-    back = exchange(there * (rank + 1), received, sent, group)
-    back.sum().backward()
-    torch.save({"there": there.detach(), "back": back.detach(), "grad": rows.grad}, folder / f"{rank}.pt")
+    there, arrived = all_to_all(torch.cat([rows, torch.full((3, 2), -1.0)]), sent, received, group)
+    arrived.wait()
+    back, arrived = all_to_all(there * (rank + 1), received, sent, group)
+    arrived.wait()
+    torch.save({"there": there, "back": back}, folder / f"{rank}.pt")
 
 
 def test_rows_come_back_to_where_they_were(tmp_path: Path) -> None:
@@ -168,8 +251,7 @@ def test_rows_come_back_to_where_they_were(tmp_path: Path) -> None:
     assert found[1]["there"][0].tolist() == [206, 207]
     assert found[2]["there"].tolist() == [[4, 5]]
     assert found[0]["back"].tolist() == [[0, 1], [2, 3], [12, 15]]  # the last row was at rank 2
-    assert found[0]["grad"].tolist() == [[1, 1], [1, 1], [3, 3]]
-    assert found[1]["grad"].shape == (0, 2)
+    assert found[1]["back"].shape == (0, 2)
 
 
 def draw(folder: Path) -> None:
