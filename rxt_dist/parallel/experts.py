@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._compile import _disable_dynamo
 
-from rxt_dist.kernels.compilation import compiled_kernel
+from rxt_dist.kernels.compilation import compiled, compiled_kernel
 from rxt_dist.kernels.permute import add_rows
 from rxt_dist.model.balance import count_experts
 from rxt_dist.model.canonical import Cut
@@ -121,7 +121,7 @@ class ExpertParallel(Experts):
             for name, parameter in self.named_parameters()
         }
 
-    # Sizes are news in every pass, and the compiler has nothing to join but what is marked.
+    # Sizes are news in every pass: compiled are the parts between messages, as regions of their own.
     @_disable_dynamo
     def visit(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self._visit(x, chosen, weights, active=True)[0]
@@ -141,6 +141,10 @@ class ExpertParallel(Experts):
         sums = self(x, order, weights)
         out: torch.Tensor = _SendBack.apply(sums, leaving, traffic)  # type: ignore[no-untyped-call]
         return out, traffic.any_active
+
+    @compiled
+    def forward(self, x: torch.Tensor, order: ExpertOrder, weights: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, order, weights)
 
     @compiled_kernel
     def depart(self, chosen: torch.Tensor, weights: torch.Tensor, *, active: bool) -> Departure:

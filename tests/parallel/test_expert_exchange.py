@@ -17,6 +17,7 @@ from helpers.launch import run_function
 from torch import nn
 
 from rxt_dist.config import MoEConfig
+from rxt_dist.kernels.compilation import compiled, set_compile
 from rxt_dist.model.initialisation import initialise
 from rxt_dist.model.moe import ExpertOrder, Experts, MoE
 from rxt_dist.parallel.experts import ExpertParallel, Traffic, back, there, uneven_passes
@@ -239,6 +240,39 @@ def test_ranks_may_make_different_numbers_of_passes(tmp_path: Path) -> None:
         for number, values in enumerate(found):
             expected = model(rows_of(rank) + number % max(1, passes)).detach()
             torch.testing.assert_close(values, expected)
+
+
+def compile_parts(folder: Path) -> None:
+    """Result and gradients of passes of different lengths, without a compiler and with it."""
+    layer = MoE(MoEConfig(num_experts=E, top_k=K), D, 2 * D, gated=True, activation="silu")
+    initialise(layer, 1)
+    experts = spread(layer)
+    layer.bfloat16()
+    run = compiled(lambda x: layer(2 * x)[0])
+    found = []
+    for enabled in (False, True):
+        set_compile(enabled)
+        for number in (0, 3, 4):
+            x = torch.cat([rows_of(dist.get_rank())] * number or [torch.empty(0, D)]).bfloat16()
+            x.requires_grad_()
+            layer.zero_grad()
+            out = run(x)
+            (out * torch.arange(D)).sum().backward()
+            found.append([out.detach(), x.grad, *(p.grad for p in experts.parameters())])
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.save((found, graphs), folder / f"{dist.get_rank()}.pt")
+
+
+@pytest.mark.slow
+def test_compiled_parts(tmp_path: Path) -> None:
+    assert run_function(RANKS, compile_parts, tmp_path) == [0] * RANKS
+    for rank in range(RANKS):
+        found, graphs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert graphs > 0
+        for plain, fast in zip(found[:3], found[3:], strict=True):
+            for left, right in zip(plain, fast, strict=True):
+                scale = float(left.abs().max()) if left.numel() else 0.0
+                torch.testing.assert_close(right, left, rtol=2**-6, atol=2**-7 * scale)
 
 
 def exchange_back_and_forth(folder: Path) -> None:
