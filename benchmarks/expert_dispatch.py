@@ -50,7 +50,7 @@ from rxt_dist.kernels.permute import add_rows, repeat_permuted
 from rxt_dist.model.initialisation import initialise
 from rxt_dist.model.moe import ExpertOrder, Experts, MoE
 from rxt_dist.parallel.bootstrap import World
-from rxt_dist.parallel.experts import ExpertParallel, Traffic, all_to_all
+from rxt_dist.parallel.experts import ExpertParallel, Traffic, back, there
 from rxt_dist.parallel.mesh import Mesh
 
 STEPS = ("route", "sort", "permute", "counts", "send", "regroup", "experts", "return", "combine")
@@ -92,21 +92,24 @@ def routed(layer: MoE, x: torch.Tensor, clock: Clock) -> torch.Tensor:
         return computed(experts, rows, order, routing.weights, clock)
     leaving = experts.depart(routing.experts, routing.weights, active=True)
     clock.mark("sort")
-    choices, tokens = (part.index_select(0, leaving.tokens) for part in (leaving.choices, x))
+    parts = [leaving.choices, x]
+    laid_out = [part.index_select(0, leaving.to_others) for part in parts]
     clock.mark("permute")
     traffic = Traffic.start(leaving.counts, experts.group)()
     clock.mark("counts")
-    coming = [all_to_all(part, traffic.sent, traffic.received, experts.group) for part in (choices, tokens)]
-    for _, arrived in coming:
+    coming = []
+    for part, rows in zip(parts, laid_out, strict=True):
+        came, arrived = there(part, rows, leaving.tokens, traffic)
         arrived.wait()
+        coming.append(came)
     clock.mark("send")
-    (choices, _), (tokens, _) = coming
+    choices, tokens = coming
     weights, order = experts.arrive(choices, routing.weights.dtype)
     order = order.first(traffic.rows)
     rows = repeat_permuted(tokens, order.order, order.inverse, layer.config.top_k)
     clock.mark("regroup")
     sums = computed(experts, rows, order, weights, clock)
-    sums, arrived = all_to_all(sums, traffic.received, traffic.sent, experts.group)
+    sums, arrived = back(sums, traffic)
     arrived.wait()
     clock.mark("return")
     out = add_rows(sums, leaving.inverse, len(traffic.sent))

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._compile import _disable_dynamo
 
-from rxt_dist.kernels.compilation import compiled_kernel
+from rxt_dist.kernels.compilation import compiled, compiled_kernel
 from rxt_dist.kernels.permute import add_rows
 from rxt_dist.model.balance import count_experts
 from rxt_dist.model.canonical import Cut
@@ -34,13 +34,15 @@ class Departure:
     """What this rank sends.
 
     Attributes:
-        tokens: int64 [N * min(R, K)], of which the first s are the tokens for each rank, rank by rank.
-        inverse: int64 [N * R], where there is token t for rank r, at ``t * R + r``; -1: nowhere.
+        tokens: int64 [N * min(R, K)], of which the first s are the tokens for each other rank, rank by rank,
+            and then those with experts here; to_others: the first N * min(R - 1, K) of it.
+        inverse: int64 [N * R], where there is each token for each rank, this one last; -1: nowhere.
         counts: int64 [R, 3], for each rank its tokens, its experts' rows, and whether this rank is active.
         choices: int32 [N, 2 * K], bits of the weights (with fp64 [N, 3 * K]) and numbers of the experts.
     """
 
     tokens: torch.Tensor
+    to_others: torch.Tensor
     inverse: torch.Tensor
     counts: torch.Tensor
     choices: torch.Tensor
@@ -51,12 +53,17 @@ class Traffic:
     """How much goes where in one exchange.
 
     Attributes:
-        sent, received: tokens to and from every rank of the group, on the host; rows: n.
+        group: the expert group.
+        sent, received: tokens to and from every rank of the group, on the host; 0 for this rank.
+        own: tokens of this rank with experts here; s is the sum of sent and own, m of received and own.
+        rows: n.
         any_active: whether a rank of the group called in a pass of its own (see :func:`uneven_passes`).
     """
 
+    group: dist.ProcessGroup
     sent: list[int]
     received: list[int]
+    own: int
     rows: int
     any_active: bool
 
@@ -70,7 +77,8 @@ class Traffic:
         def agree() -> Traffic:
             work.wait()
             sent, received, rows, active = torch.cat([counts[:, :1], incoming], dim=1).T.tolist()
-            return cls(sent, received, sum(rows), any(active))
+            own, sent[group.rank()], received[group.rank()] = sent[group.rank()], 0, 0
+            return cls(group, sent, received, own, sum(rows), any(active))
 
         return agree
 
@@ -113,7 +121,7 @@ class ExpertParallel(Experts):
             for name, parameter in self.named_parameters()
         }
 
-    # Sizes are news in every pass, and the compiler has nothing to join but what is marked.
+    # Sizes are news in every pass: compiled are the parts between messages, as regions of their own.
     @_disable_dynamo
     def visit(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self._visit(x, chosen, weights, active=True)[0]
@@ -131,24 +139,38 @@ class ExpertParallel(Experts):
         leaving = self.depart(chosen, weights.detach(), active=active)
         x, weights, order, traffic = _Send.apply(x, weights, leaving, self)  # type: ignore[no-untyped-call]
         sums = self(x, order, weights)
-        out: torch.Tensor = _SendBack.apply(sums, leaving, traffic, self.group)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _SendBack.apply(sums, leaving, traffic)  # type: ignore[no-untyped-call]
         return out, traffic.any_active
+
+    @compiled
+    def forward(self, x: torch.Tensor, order: ExpertOrder, weights: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, order, weights)
 
     @compiled_kernel
     def depart(self, chosen: torch.Tensor, weights: torch.Tensor, *, active: bool) -> Departure:
         """What goes where, of tokens that chose the experts ``chosen`` [N, K] with ``weights`` [N, K]."""
         held, top_k = self.w_in.shape[0], self.top_k
+        last, own = self.total_experts // held - 1, self.first_expert // held
         chosen, weights = chosen.flatten().view(-1, top_k), weights.flatten().view(-1, top_k)  # a known width
-        ranks = torch.arange(self.total_experts // held, device=chosen.device)
+        numbers = torch.arange(last + 1, device=chosen.device)
+        ranks = torch.where(numbers == last, own, numbers + (numbers >= own).long())  # this one last
         visited = (torch.div(chosen, held, rounding_mode="floor")[..., None] == ranks).any(dim=1)
-        order = ExpertOrder.of_some(torch.where(visited, ranks, len(ranks)), range(len(ranks)))
-        most = chosen.shape[0] * min(len(ranks), top_k)
-        tokens = torch.div(order.order[:most], len(ranks), rounding_mode="floor")
-        there = order.offsets.long().diff(prepend=order.offsets.new_zeros(1))
-        rows = count_experts(chosen, self.total_experts).view(len(ranks), held).sum(1)
-        counts = torch.stack([there, rows, torch.full_like(rows, int(active))], dim=1)
-        choices = torch.cat([weights.view(torch.int32), chosen.int()], dim=1)
-        return Departure(tokens, order.inverse, counts, choices)
+        order = ExpertOrder.of_some(torch.where(visited, numbers, last + 1), range(last + 1))
+        tokens = torch.div(order.order, last + 1, rounding_mode="floor")
+        tokens_of_ranks = order.offsets.long().diff(prepend=order.offsets.new_zeros(1))
+        by_rank = torch.where(numbers == own, last, numbers - (numbers > own).long())
+        counts = [
+            tokens_of_ranks.index_select(0, by_rank),
+            count_experts(chosen, self.total_experts).view(-1, held).sum(1),
+            torch.full_like(numbers, int(active)),
+        ]
+        return Departure(
+            tokens[: chosen.shape[0] * min(last + 1, top_k)],
+            tokens[: chosen.shape[0] * min(last, top_k)],
+            order.inverse,
+            torch.stack(counts, dim=1),
+            torch.cat([weights.view(torch.int32), chosen.int()], dim=1),
+        )
 
     @compiled_kernel
     def arrive(self, choices: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ExpertOrder]:
@@ -168,18 +190,16 @@ class _Send(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weights: torch.Tensor, leaving: Departure, experts: ExpertParallel
     ) -> tuple[torch.Tensor, torch.Tensor, ExpertOrder, Traffic]:
         agree = Traffic.start(leaving.counts, experts.group)
-        choices = leaving.choices.index_select(0, leaving.tokens)
-        x = x.index_select(0, leaving.tokens)
+        laid_out = [part.index_select(0, leaving.to_others) for part in (leaving.choices, x)]
         traffic = agree()
-        way = traffic.sent, traffic.received, experts.group
-        choices, read = all_to_all(choices, *way)
-        x, arrived = all_to_all(x, *way)
+        choices, read = there(leaving.choices, laid_out[0], leaving.tokens, traffic)
+        x, arrived = there(x, laid_out[1], leaving.tokens, traffic)
         read.wait()
         dtype = weights.dtype
         weights, order = experts.arrive(choices, dtype)
         arrived.wait()
         ctx.save_for_backward(leaving.inverse)
-        ctx.traffic, ctx.group = traffic, experts.group
+        ctx.traffic = traffic
         frozen = [t for t, needed in zip((x, weights), ctx.needs_input_grad, strict=False) if not needed]
         ctx.mark_non_differentiable(*frozen)
         return x, weights, order.first(traffic.rows), traffic
@@ -187,16 +207,15 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         (inverse,) = ctx.saved_tensors
-        traffic: Traffic = ctx.traffic
         coming = [
-            all_to_all(grad, traffic.received, traffic.sent, ctx.group) if needed else None
+            back(grad, ctx.traffic) if needed else None
             for grad, needed in zip(grads[:2], ctx.needs_input_grad, strict=False)
         ]
         found: list[torch.Tensor | None] = [None, None]
         for number, one in enumerate(coming):
             if one is not None:
                 one[1].wait()
-                found[number] = add_rows(one[0], inverse, len(traffic.sent))
+                found[number] = add_rows(one[0], inverse, len(ctx.traffic.sent))
         return found[0], found[1], None, None
 
 
@@ -204,35 +223,54 @@ class _SendBack(torch.autograd.Function):
     """Sums of this rank's experts [m, D] -> sums of all experts, for the tokens [N, D] of this rank."""
 
     @staticmethod
-    def forward(
-        ctx: Any, sums: torch.Tensor, leaving: Departure, traffic: Traffic, group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        sums, arrived = all_to_all(sums, traffic.received, traffic.sent, group)
+    def forward(ctx: Any, sums: torch.Tensor, leaving: Departure, traffic: Traffic) -> torch.Tensor:
+        sums, arrived = back(sums, traffic)
         ctx.save_for_backward(leaving.tokens)
-        ctx.traffic, ctx.group = traffic, group
+        ctx.traffic = traffic
         arrived.wait()
         return add_rows(sums, leaving.inverse, len(traffic.sent))
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (tokens,) = ctx.saved_tensors
         traffic: Traffic = ctx.traffic
-        grad = grads[0].index_select(0, tokens)
-        grad, arrived = all_to_all(grad, traffic.sent, traffic.received, ctx.group)
+        laid_out = grads[0].index_select(0, tokens[: sum(traffic.sent)])
+        grad, arrived = there(grads[0], laid_out, tokens, traffic)
         arrived.wait()
-        return grad, None, None, None
+        return grad, None, None
 
 
-def all_to_all(
-    rows: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+def there(
+    x: torch.Tensor, laid_out: torch.Tensor, tokens: torch.Tensor, traffic: Traffic
 ) -> tuple[torch.Tensor, dist.Work]:
-    """Send the first of ``rows`` [n, ...] to the ranks of ``group`` in consecutive runs. Collective.
+    """Send rows of ``x`` [N, ...] to the ranks that ``traffic`` says. Collective.
 
-    Returns what will have come [m, ...], by rank, when the second result has been waited for.
+    Args:
+        laid_out: those for other ranks, rank by rank, and whatever follows; tokens: int64 [>= s], numbers of
+            these, then of those that stay.
+
+    Returns:
+        What this rank's experts get [m, ...], of other ranks by rank, then its own: when the second result
+        has been waited for.
     """
-    rows = rows[: sum(sent)].contiguous()
-    out = rows.new_empty(sum(received), *rows.shape[1:])
-    work = dist.all_to_all_single(out, rows, received, sent, group=group, async_op=True)
+    leave, come = sum(traffic.sent), sum(traffic.received)
+    out = x.new_empty(come + traffic.own, *x.shape[1:])
+    work = dist.all_to_all_single(
+        out[:come], laid_out[:leave], traffic.received, traffic.sent, group=traffic.group, async_op=True
+    )
+    torch.index_select(x, 0, tokens[leave : leave + traffic.own], out=out[come:])
+    return out, work
+
+
+def back(rows: torch.Tensor, traffic: Traffic) -> tuple[torch.Tensor, dist.Work]:
+    """The way back of :func:`there`: ``rows`` [m, ...] -> [s, ...]."""
+    leave, come = sum(traffic.sent), sum(traffic.received)
+    rows = rows.contiguous()
+    out = rows.new_empty(leave + traffic.own, *rows.shape[1:])
+    work = dist.all_to_all_single(
+        out[:leave], rows[:come], traffic.sent, traffic.received, group=traffic.group, async_op=True
+    )
+    out[leave:].copy_(rows[come:])
     return out, work
 
 

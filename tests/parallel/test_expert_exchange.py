@@ -17,9 +17,10 @@ from helpers.launch import run_function
 from torch import nn
 
 from rxt_dist.config import MoEConfig
+from rxt_dist.kernels.compilation import compiled, set_compile
 from rxt_dist.model.initialisation import initialise
 from rxt_dist.model.moe import ExpertOrder, Experts, MoE
-from rxt_dist.parallel.experts import ExpertParallel, all_to_all, uneven_passes
+from rxt_dist.parallel.experts import ExpertParallel, Traffic, back, there, uneven_passes
 from rxt_dist.parallel.mesh import Mesh
 
 D, HIDDEN, E, K, RANKS = 16, 12, 6, 2, 3
@@ -50,26 +51,35 @@ def spread(layer: MoE) -> ExpertParallel:
 
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "experts", "ranks", "top_k"),
-    [(40, 6, 3, 2), (7, 6, 2, 5), (33, 8, 8, 3), (9, 4, 2, 1), (0, 4, 4, 2)],
+    ("tokens", "experts", "ranks", "top_k", "own"),
+    [(40, 6, 3, 2, 1), (7, 6, 2, 5, 0), (33, 8, 8, 3, 5), (9, 4, 2, 1, 1), (0, 4, 4, 2, 0)],
 )
 def test_what_a_rank_sends(
-    tokens: int, experts: int, ranks: int, top_k: int, kernels: bool, request: pytest.FixtureRequest
+    tokens: int,
+    experts: int,
+    ranks: int,
+    top_k: int,
+    own: int,
+    kernels: bool,
+    request: pytest.FixtureRequest,
 ) -> None:
     if kernels:
         request.getfixturevalue("interpreter")
     whole = Experts(experts, D, HIDDEN, gated=True, activation="silu", biased=True)
     group = cast(dist.ProcessGroup, None)
-    part = ExpertParallel(whole, top_k, Mesh(ranks, expert_size=ranks), ranks - 1, group)
+    part = ExpertParallel(whole, top_k, Mesh(ranks, expert_size=ranks), own, group)
     chosen = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(1)).topk(top_k).indices
     weights = torch.rand(tokens, top_k, generator=torch.Generator().manual_seed(2)) - 0.5
     leaving = part.depart(chosen, weights, active=True)
     visited = [{expert // (experts // ranks) for expert in one} for one in chosen.tolist()]
-    sent = [(token, rank) for rank in range(ranks) for token in range(tokens) if rank in visited[token]]
+    others = [rank for rank in range(ranks) if rank != own]
+    sent = [(token, rank) for rank in (*others, own) for token in range(tokens) if rank in visited[token]]
     assert leaving.tokens[: len(sent)].tolist() == [token for token, _ in sent]
+    to_others = [token for token, rank in sent if rank != own]
+    assert leaving.to_others[: len(to_others)].tolist() == to_others
     places = {way: place for place, way in enumerate(sent)}
     assert leaving.inverse.view(-1, ranks).tolist() == [
-        [places.get((token, rank), -1) for rank in range(ranks)] for token in range(tokens)
+        [places.get((token, rank), -1) for rank in (*others, own)] for token in range(tokens)
     ]
     assert leaving.counts.tolist() == [
         [sum(way[1] == rank for way in sent), int((chosen // (experts // ranks) == rank).sum()), 1]
@@ -77,7 +87,7 @@ def test_what_a_rank_sends(
     ]
     came, order = part.arrive(leaving.choices, torch.float32)
     assert torch.equal(came, weights)
-    here = (chosen >= part.held.start).flatten()
+    here = (chosen // (experts // ranks) == own).flatten()
     assert torch.equal(order.inverse >= 0, here)
     rows = order.first(int(here.sum()))
     assert torch.equal(rows.expert_of_row + part.held.start, chosen.flatten()[rows.order])
@@ -85,12 +95,12 @@ def test_what_a_rank_sends(
 
 @contextmanager
 def messages() -> Iterator[list[tuple[list[int], int]]]:
-    """Of every exchange of this rank: rows to each rank, and bytes of a row."""
+    """Of every exchange of this rank: rows to each rank, and bytes of a row of the first."""
     sent: list[tuple[list[int], int]] = []
     plain = dist.all_to_all_single
 
     def noted(out: torch.Tensor, rows: torch.Tensor, *splits: Any, **options: Any) -> Any:
-        of_ranks = splits[1] if splits else [len(rows) // RANKS] * RANKS
+        of_ranks = list(splits[1]) if splits else [len(rows) // RANKS] * RANKS
         assert sum(of_ranks) == len(rows)
         sent.append((of_ranks, rows[:1].nbytes if len(rows) else 0))
         return plain(out, rows, *splits, **options)
@@ -169,7 +179,9 @@ def test_a_token_goes_once_to_a_rank(tmp_path: Path, lose_all: bool) -> None:
     for rank in range(RANKS):
         chosen = layer.router(rows_of(rank)).experts.tolist()
         visited = [{expert // (E // RANKS) for expert in one} for one in chosen]
-        table.append([sum(rank in ranks for ranks in visited) for rank in range(RANKS)])
+        others = [sum(other in ranks for ranks in visited) for other in range(RANKS)]
+        others[rank] = 0  # they stay where they are
+        table.append(others)
     assert lose_all or 0 < sum(map(sum, table)) < K * sum(len(rows_of(rank)) for rank in range(RANKS))
     row, weights = 4 * D, 4 * K
     for rank in range(RANKS):
@@ -230,28 +242,66 @@ def test_ranks_may_make_different_numbers_of_passes(tmp_path: Path) -> None:
             torch.testing.assert_close(values, expected)
 
 
+def compile_parts(folder: Path) -> None:
+    """Result and gradients of passes of different lengths, without a compiler and with it."""
+    layer = MoE(MoEConfig(num_experts=E, top_k=K), D, 2 * D, gated=True, activation="silu")
+    initialise(layer, 1)
+    experts = spread(layer)
+    layer.bfloat16()
+    run = compiled(lambda x: layer(2 * x)[0])
+    found = []
+    for enabled in (False, True):
+        set_compile(enabled)
+        for number in (0, 3, 4):
+            x = torch.cat([rows_of(dist.get_rank())] * number or [torch.empty(0, D)]).bfloat16()
+            x.requires_grad_()
+            layer.zero_grad()
+            out = run(x)
+            (out * torch.arange(D)).sum().backward()
+            found.append([out.detach(), x.grad, *(p.grad for p in experts.parameters())])
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.save((found, graphs), folder / f"{dist.get_rank()}.pt")
+
+
+@pytest.mark.slow
+def test_compiled_parts(tmp_path: Path) -> None:
+    assert run_function(RANKS, compile_parts, tmp_path) == [0] * RANKS
+    for rank in range(RANKS):
+        found, graphs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert graphs > 0
+        for plain, fast in zip(found[:3], found[3:], strict=True):
+            for left, right in zip(plain, fast, strict=True):
+                scale = float(left.abs().max()) if left.numel() else 0.0
+                torch.testing.assert_close(right, left, rtol=2**-6, atol=2**-7 * scale)
+
+
 def exchange_back_and_forth(folder: Path) -> None:
     rank = dist.get_rank()
-    sent = [[2, 0, 1], [0, 0, 0], [3, 4, 0]][rank]
-    received = [[2, 0, 3], [0, 0, 4], [1, 0, 0]][rank]
-    rows = (torch.arange(sum(sent) * 2.0) + 100 * rank).view(-1, 2)
     group = dist.group.WORLD
     assert group is not None
-    there, arrived = all_to_all(torch.cat([rows, torch.full((3, 2), -1.0)]), sent, received, group)
+    sent = [[0, 0, 2], [0, 0, 0], [1, 4, 0]][rank]
+    received = [[0, 0, 1], [0, 0, 4], [2, 0, 0]][rank]
+    tokens = torch.tensor([[0, 2, 0, 1], [0], [1, 0, 1, 1, 0, 0, 1, 0]][rank])  # the last of all is nobody's
+    traffic = Traffic(group, sent, received, own=[1, 0, 2][rank], rows=0, any_active=True)
+    x = (torch.arange(6.0) + 100 * rank).view(-1, 2)
+    came, arrived = there(x, x[tokens], tokens, traffic)
     arrived.wait()
-    back, arrived = all_to_all(there * (rank + 1), received, sent, group)
+    returned, arrived = back(came * (rank + 1), traffic)
     arrived.wait()
-    torch.save({"there": there, "back": back}, folder / f"{rank}.pt")
+    torch.save({"there": came, "back": returned}, folder / f"{rank}.pt")
 
 
 def test_rows_come_back_to_where_they_were(tmp_path: Path) -> None:
     assert run_function(RANKS, exchange_back_and_forth, tmp_path) == [0] * RANKS
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
-    assert found[0]["there"].tolist() == [[0, 1], [2, 3], [200, 201], [202, 203], [204, 205]]
-    assert found[1]["there"][0].tolist() == [206, 207]
-    assert found[2]["there"].tolist() == [[4, 5]]
-    assert found[0]["back"].tolist() == [[0, 1], [2, 3], [12, 15]]  # the last row was at rank 2
+    first, second = [200, 201], [202, 203]  # rows of the last rank
+    assert found[0]["there"].tolist() == [second, [0, 1]]
+    assert found[1]["there"].tolist() == [first, second, second, first]
+    assert found[2]["there"].tolist() == [[0, 1], [4, 5], first, second]
+    assert found[0]["back"].tolist() == [[0, 3], [12, 15], [0, 1]]
     assert found[1]["back"].shape == (0, 2)
+    expected = torch.tensor([second, first, second, second, first, first, second])
+    assert torch.equal(found[2]["back"], expected * torch.tensor([1, 2, 2, 2, 2, 3, 3])[:, None])
 
 
 def draw(folder: Path) -> None:
