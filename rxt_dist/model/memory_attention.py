@@ -23,6 +23,7 @@ from rxt_dist.model.initialisation import Distribution, Normal
 from rxt_dist.model.layout import SequenceLayout
 from rxt_dist.model.memory_gate import MemoryGate, mix
 from rxt_dist.model.memory_norm import MixedNorm, make_memory_norm, normed
+from rxt_dist.model.memory_sources import has_kernels, normed_and_mixed
 from rxt_dist.model.rope import RopeSettings, Rotation
 from rxt_dist.model.stacked import Stacked, StackedLinear, StackedRMSNorm
 
@@ -75,7 +76,9 @@ class StackedAttention(Stacked):
     Args of forward:
         queries: [L, R, D]; sources: [L, R', D], or [1, R', D] to be read by every layer; layout: groups of
         the L * R query rows and L * R' key rows; rotation: angles of the R' source rows, None without RoPE
-        (queries are never rotated: a slot has no position).
+        (queries are never rotated: a slot has no position);
+        again: ``sources`` once more, in the dtype of the weights, where the gradients of the two are wanted
+        apart.
 
     Returns [L, R, D] in the dtype of the weights.
     """
@@ -101,10 +104,11 @@ class StackedAttention(Stacked):
         sources: torch.Tensor,
         layout: AttentionLayout,
         rotation: Rotation | None = None,
+        again: torch.Tensor | None = None,
     ) -> torch.Tensor:
         queries, sources = queries.to(self.dtype), sources.to(self.dtype)
         q, *gate = self._map(queries, [self.q] if self.gate is None else [self.q, self.gate])
-        q, k, v = (self._heads(rows) for rows in (q, *self._map(sources, [self.k, self.v])))
+        q, k, v = (self._heads(rows) for rows in (q, *self._keys_and_values(sources, again)))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
@@ -115,6 +119,11 @@ class StackedAttention(Stacked):
             joined = joined * torch.sigmoid(gate[0])
         projected: torch.Tensor = self.out(joined)
         return projected
+
+    def _keys_and_values(self, sources: torch.Tensor, again: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        if again is None:
+            return self._map(sources, [self.k, self.v])
+        return [*self._map(sources, [self.k]), *self._map(again, [self.v])]
 
     def _map(self, rows: torch.Tensor, maps: Sequence[StackedLinear]) -> Sequence[torch.Tensor]:
         """``rows`` [L, R, D] or [1, R, D] through each of ``maps``."""
@@ -213,7 +222,7 @@ class MemoryAttention(nn.Module):
             absent = ~present
             stm = stm.masked_fill(absent[:, None, None], 0.0)
             encoded = encoded.masked_fill(absent[sequence_ids][:, None], 0.0)
-        old = self._read_memory(stm, groups.slots, present, gates)
+        old = self._read_memory(before, stm, groups.slots, present, gates)
         queries = normed(self.norm, old, present).flatten(1, 2)
         update = self.attention(queries, self._sources(encoded), groups.tokens, rotation).view(stm.shape)
         after = self._mix("gate", old, update, gates) if self.residual else update
@@ -226,17 +235,30 @@ class MemoryAttention(nn.Module):
 
     def _read_memory(
         self,
+        unmasked: torch.Tensor,
         stm: torch.Tensor,
         groups: AttentionLayout,
         present: torch.Tensor | None,
         gates: GateValues | None,
     ) -> torch.Tensor:
-        """The step before the encoding is read: what the variant lets the slots read of the STM."""
+        """The step before the encoding is read: what the variant lets the slots read of the STM, of which
+        ``unmasked`` may hold anything in absent lanes."""
         if self.variant == "simple":
             return stm
         if self.variant == "self":
             rows = normed(self.self_norm, stm, present).flatten(1, 2)
             return self._mix("self_gate", stm, self.self_attention(rows, rows, groups).view(stm.shape), gates)
+        norms = self.interlayer_norm, self.mean_norm
+        if self.variant != "interlayer" and has_kernels(unmasked, *norms, self.source_gate):
+            assert self.source_gate is not None
+            dtype = self.interlayer_attention.dtype
+            rows, sources, again, value = normed_and_mixed(
+                unmasked, *norms, self.source_gate, self.groups, present, dtype
+            )
+            if gates is not None:
+                gates["source_gate"] = value.detach()
+            update = self.interlayer_attention(rows, sources, groups, again=again)
+            return self._mix("interlayer_gate", stm, update.view(stm.shape), gates)
         queries = normed(self.interlayer_norm, stm, present)
         source = stm.reshape(self.groups, self.layers // self.groups, *stm.shape[1:]).mean(dim=1)
         source = normed(self.mean_norm, source, present)
