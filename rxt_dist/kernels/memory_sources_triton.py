@@ -28,20 +28,21 @@ def norm_sums(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """From contiguous fp32 ``stm`` [L, B, S, D], ``weight`` [L, D] and ``mean_weight`` [D], all fp32:
 
-    1 / RMS of every row [L, B, S] and the sum of the normed row [L, B, S], the mean over each group's layers
-    [G, B, S, D], and the same two of it [G, B, S]. Rows of absent lanes count as zeros.
+    of every row 1 / RMS, its sum and the sum of the normed row, [L, B, S] each; the mean over each group's
+    layers [G, B, S, D]; and of this 1 / RMS and the sum of the normed row, [G, B, S] each. Rows of absent
+    lanes count as zeros.
     """
     layers, lanes, slots, width = stm.shape
-    inverse, total = (stm.new_empty(layers, lanes, slots) for _ in range(2))
+    inverse, plain, total = (stm.new_empty(layers, lanes, slots) for _ in range(3))
     mean = stm.new_empty(groups, lanes, slots, width)
     mean_inverse, mean_total = (stm.new_empty(groups, lanes, slots) for _ in range(2))
     shape = _shape(width)
     rows = lanes * slots
     _norm_sums[(triton.cdiv(rows, shape["ROWS"]), groups)](
-        stm, weight, mean_weight, present, inverse, total, mean, mean_inverse, mean_total, rows,
+        stm, weight, mean_weight, present, inverse, plain, total, mean, mean_inverse, mean_total, rows,
         SLOTS=slots, EPS=eps, GROUP=layers // groups, num_warps=_WARPS, **shape,
     )  # fmt: skip
-    return inverse, total, mean, mean_inverse, mean_total
+    return inverse, plain, total, mean, mean_inverse, mean_total
 
 
 def weighted_rows(x: torch.Tensor, factor: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
@@ -112,6 +113,7 @@ def _norm_sums(
     mean_weight,  # [WIDTH]
     present,  # [lanes] or None
     inverse,  # [GROUPS * GROUP, rows]
+    plain,
     total,
     mean,  # [GROUPS, rows, WIDTH]
     mean_inverse,  # [GROUPS, rows]
@@ -136,6 +138,7 @@ def _norm_sums(
         scale = tl.load(weight + layer * WIDTH + column, mask=wanted, other=0.0)
         shrink = 1.0 / tl.sqrt(tl.sum(x * x, 1) * (1.0 / WIDTH) + EPS)
         tl.store(inverse + layer * rows + row, shrink, mask=known)
+        tl.store(plain + layer * rows + row, tl.sum(x, 1), mask=known)
         tl.store(total + layer * rows + row, tl.sum(x * scale[None, :], 1) * shrink, mask=known)
         added += x
     x = added * (1.0 / GROUP)

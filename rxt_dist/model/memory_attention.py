@@ -252,13 +252,11 @@ class MemoryAttention(nn.Module):
         if self.variant != "interlayer" and has_kernels(unmasked, *norms, self.source_gate):
             assert self.source_gate is not None
             dtype = self.interlayer_attention.dtype
-            rows, sources, again, value = normed_and_mixed(
-                unmasked, *norms, self.source_gate, self.groups, present, dtype
-            )
+            read = normed_and_mixed(unmasked, *norms, self.source_gate, self.groups, present, dtype)
             if gates is not None:
-                gates["source_gate"] = value.detach()
-            update = self.interlayer_attention(rows, sources, groups, again=again)
-            return self._mix("interlayer_gate", stm, update.view(stm.shape), gates)
+                gates["source_gate"] = read.gate.detach()
+            update = self.interlayer_attention(read.normed, read.mixed, groups, again=read.again)
+            return self._mix("interlayer_gate", stm, update.view(stm.shape), gates, read.sums)
         queries = normed(self.interlayer_norm, stm, present)
         source = stm.reshape(self.groups, self.layers // self.groups, *stm.shape[1:]).mean(dim=1)
         source = normed(self.mean_norm, source, present)
@@ -269,8 +267,15 @@ class MemoryAttention(nn.Module):
         update = self.interlayer_attention(queries.flatten(1, 2), source.flatten(1, 2), groups)
         return self._mix("interlayer_gate", stm, update.view(stm.shape), gates)
 
-    def _mix(self, name: str, old: torch.Tensor, new: torch.Tensor, gates: GateValues | None) -> torch.Tensor:
-        mixture, value = mix(getattr(self, name), old, new)
+    def _mix(
+        self,
+        name: str,
+        old: torch.Tensor,
+        new: torch.Tensor,
+        gates: GateValues | None,
+        old_sums: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        mixture, value = mix(getattr(self, name), old, new, old_sums)
         if gates is not None and value is not None:
             gates[name] = value.detach()
         return mixture

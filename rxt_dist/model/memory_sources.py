@@ -5,7 +5,7 @@ Shape legend: L layers, G groups of layers, B lanes, S STM slots, D embedding wi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,23 @@ if HAS_TRITON:
 Norm = StackedRMSNorm | MixedNorm
 
 
+class Sources(NamedTuple):
+    """What :func:`normed_and_mixed` finds.
+
+    Attributes:
+        normed: [L, B * S, D], the normed memory; mixed: the same shape, its mixture with means; again:
+            ``mixed`` for another reader, so that nobody adds up the gradients of both in between.
+        gate: the gate's values, broadcastable to [L, B, S, 1]; sums: fp32 [L, B, S], over the memory's
+            channels, without gradient.
+    """
+
+    normed: torch.Tensor
+    mixed: torch.Tensor
+    again: torch.Tensor
+    gate: torch.Tensor
+    sums: torch.Tensor
+
+
 def has_kernels(stm: torch.Tensor, norm: Norm, mean_norm: Norm, gate: MemoryGate | None) -> bool:
     """Whether :func:`normed_and_mixed` takes these: a memory without gradient, plain norms, and a gate that
     sees mean channels or nothing."""
@@ -42,23 +59,19 @@ def normed_and_mixed(
     groups: int,
     present: torch.Tensor | None,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Sources:
     """The normed memory, and its mixture by ``gate`` with the normed mean over the layers of each group.
 
     Args:
         stm: fp32 [L, B, S, D]; norm: of L layers; mean_norm: of one, for the means of all ``groups``.
         present: bool [B]; other lanes count as zeros, whatever they hold. None for all.
-
-    Returns:
-        The first [L, B * S, D] of ``dtype``; the second twice, for two readers, so that nobody adds up their
-        gradients in between; and the gate's values, broadcastable to [L, B, S, 1].
     """
     layers, lanes, slots, width = stm.shape
     weight, mean_weight = norm.weight, mean_norm.weight
     assert weight is not None
     assert mean_weight is not None
     inputs = (stm.contiguous(), weight.float(), mean_weight.float().view(width), present)
-    inverse, total, mean, mean_inverse, mean_total = _NormSums.apply(  # type: ignore[no-untyped-call]
+    inverse, plain, total, mean, mean_inverse, mean_total = _NormSums.apply(  # type: ignore[no-untyped-call]
         *inputs, groups
     )
     status = (total + mean_total.repeat_interleave(layers // groups, dim=0)) / width
@@ -68,7 +81,7 @@ def normed_and_mixed(
     normed, mixed, same = _MixedRows.apply(  # type: ignore[no-untyped-call]
         *inputs, inverse, mean, mean_inverse, shares, offset, dtype
     )
-    return normed, mixed, same, value
+    return Sources(normed, mixed, same, value, plain)
 
 
 class _NormSums(torch.autograd.Function):
@@ -81,18 +94,18 @@ class _NormSums(torch.autograd.Function):
         present: torch.Tensor | None,
         groups: int,
     ) -> tuple[torch.Tensor, ...]:
-        inverse, total, mean, mean_inverse, mean_total = norm_sums(
+        inverse, plain, total, mean, mean_inverse, mean_total = norm_sums(
             stm, weight, mean_weight, present, groups, RMS_EPS
         )
         ctx.save_for_backward(stm, present, inverse, mean, mean_inverse)
-        ctx.mark_non_differentiable(inverse, mean, mean_inverse)
-        return inverse, total, mean, mean_inverse, mean_total
+        ctx.mark_non_differentiable(inverse, plain, mean, mean_inverse)
+        return inverse, plain, total, mean, mean_inverse, mean_total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         stm, present, inverse, mean, mean_inverse = ctx.saved_tensors
-        grad_weight = weighted_rows(stm, grads[1] * inverse, present)
-        grad_mean_weight = weighted_rows(mean, grads[4] * mean_inverse, None).sum(0)
+        grad_weight = weighted_rows(stm, grads[2] * inverse, present)
+        grad_mean_weight = weighted_rows(mean, grads[5] * mean_inverse, None).sum(0)
         return None, grad_weight, grad_mean_weight, None, None
 
 

@@ -1,4 +1,4 @@
-"""Memory attention whose slots read gated means of layers: kernels, in Triton's interpreter, and operators."""
+"""Memory attention whose slots read gated means of layers: kernels in the interpreter, and operators."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from helpers.interpreter import interpreter  # noqa: F401
 from memory_samples import LAYERS, LENGTHS, SLOTS, WIDTH, memory_config, network
 
-from rxt_dist.kernels import triton_support
+from rxt_dist.kernels import memory_sources_triton, triton_support
 from rxt_dist.model import MemoryAttention, SequenceLayout, memory_sources
 
 GATES: dict[str, dict[str, Any]] = {
@@ -43,6 +43,7 @@ def test_kernels_are_near_operators(
     variant: str,
     everyone: bool,
 ) -> None:
+    monkeypatch.setattr(memory_sources_triton, "_CHUNKS", 3)
     net = network(memory_config(variant, gate=GATES[gate]))
     torch.manual_seed(0)
     stm = torch.randn(LAYERS, len(LENGTHS), SLOTS, WIDTH)
