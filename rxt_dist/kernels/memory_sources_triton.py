@@ -17,7 +17,8 @@ _CHUNKS = 256  # programs that share the rows of a layer, where columns are summ
 _WARPS = 1  # so that no warps wait for one another to sum up a row
 
 
-def _shape(width: int) -> dict[str, int]:
+def row_shape(width: int) -> dict[str, int]:
+    """Width, rows and columns of the tiles of a program."""
     columns = triton.next_power_of_2(width)
     return {"WIDTH": width, "ROWS": max(1, _NUMBERS // columns), "COLUMNS": columns}
 
@@ -36,7 +37,7 @@ def norm_sums(
     inverse, plain, total = (stm.new_empty(layers, lanes, slots) for _ in range(3))
     mean = stm.new_empty(groups, lanes, slots, width)
     mean_inverse, mean_total = (stm.new_empty(groups, lanes, slots) for _ in range(2))
-    shape = _shape(width)
+    shape = row_shape(width)
     rows = lanes * slots
     _norm_sums[(triton.cdiv(rows, shape["ROWS"]), groups)](
         stm, weight, mean_weight, present, inverse, plain, total, mean, mean_inverse, mean_total, rows,
@@ -52,7 +53,7 @@ def weighted_rows(x: torch.Tensor, factor: torch.Tensor, present: torch.Tensor |
     parts = x.new_empty(layers, _CHUNKS, width)
     _weighted_rows[(layers * _CHUNKS,)](
         x, factor, present, parts, lanes * slots, SLOTS=slots, CHUNKS=_CHUNKS, num_warps=_WARPS,
-        **_shape(width),
+        **row_shape(width),
     )  # fmt: skip
     return parts.sum(1)
 
@@ -67,7 +68,7 @@ def mixed_rows(
     layers, lanes, slots, width = stm.shape
     rows, groups = lanes * slots, mean.shape[0]
     normed, mixed = (torch.empty((layers, rows, width), dtype=dtype, device=stm.device) for _ in range(2))
-    shape = _shape(width)
+    shape = row_shape(width)
     _mixed_rows[(layers * triton.cdiv(rows, shape["ROWS"]),)](
         stm, weight, mean_weight, present, inverse, mean, mean_inverse, value, normed, mixed, rows,
         SLOTS=slots, OFFSET=offset, LAYERS=layers, GROUP=layers // groups, num_warps=_WARPS, **shape,
@@ -89,14 +90,14 @@ def mixed_rows_backward(
     _mixed_rows_backward[(layers * _CHUNKS,)](
         stm, weight, mean_weight, present, inverse, mean, mean_inverse, value, grad_normed, grad_mixed,
         grad_same, parts, grad_value, lanes * slots, SLOTS=slots, OFFSET=offset, LAYERS=layers,
-        GROUP=layers // mean.shape[0], CHUNKS=_CHUNKS, num_warps=_WARPS, **_shape(width),
+        GROUP=layers // mean.shape[0], CHUNKS=_CHUNKS, num_warps=_WARPS, **row_shape(width),
     )  # fmt: skip
     sums = parts.sum(2)
     return sums[0], sums[1].sum(0), grad_value
 
 
 @triton.jit
-def _rows_of(x, present, row, rows, SLOTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+def rows_of(x, present, row, rows, SLOTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """fp32 rows of [rows, WIDTH]; zeros in absent lanes, whatever they hold."""
     column = tl.arange(0, COLUMNS)
     known = row < rows
@@ -134,7 +135,7 @@ def _norm_sums(
     added = tl.zeros([ROWS, COLUMNS], tl.float32)
     for number in tl.static_range(GROUP):
         layer = group * GROUP + number
-        x = _rows_of(stm + layer * rows * WIDTH, present, row, rows, SLOTS, WIDTH, COLUMNS)
+        x = rows_of(stm + layer * rows * WIDTH, present, row, rows, SLOTS, WIDTH, COLUMNS)
         scale = tl.load(weight + layer * WIDTH + column, mask=wanted, other=0.0)
         shrink = 1.0 / tl.sqrt(tl.sum(x * x, 1) * (1.0 / WIDTH) + EPS)
         tl.store(inverse + layer * rows + row, shrink, mask=known)
@@ -168,7 +169,7 @@ def _weighted_rows(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(tl.program_id(0) % CHUNKS * ROWS, rows, CHUNKS * ROWS):
         row = first + tl.arange(0, ROWS)
-        values = _rows_of(x + layer * rows * WIDTH, present, row, rows, SLOTS, WIDTH, COLUMNS)
+        values = rows_of(x + layer * rows * WIDTH, present, row, rows, SLOTS, WIDTH, COLUMNS)
         total += values * tl.load(factor + layer * rows + row, mask=row < rows, other=0.0)[:, None]
     tl.store(parts + tl.program_id(0) * WIDTH + column, tl.sum(total, 0), mask=column < WIDTH)
 
@@ -182,9 +183,9 @@ def _normed_pair(
     known = row < rows
     at = layer * rows + row
     group = layer // GROUP
-    x = _rows_of(stm + layer * rows * WIDTH, present, row, rows, SLOTS, WIDTH, COLUMNS)
+    x = rows_of(stm + layer * rows * WIDTH, present, row, rows, SLOTS, WIDTH, COLUMNS)
     x *= tl.load(inverse + at, mask=known, other=0.0)[:, None]
-    y = _rows_of(mean + group * rows * WIDTH, None, row, rows, SLOTS, WIDTH, COLUMNS)
+    y = rows_of(mean + group * rows * WIDTH, None, row, rows, SLOTS, WIDTH, COLUMNS)
     y *= tl.load(mean_inverse + group * rows + row, mask=known, other=0.0)[:, None]
     return x, y, tl.load(value + at, mask=known, other=0.0)
 
@@ -267,9 +268,9 @@ def _mixed_rows_backward(
             GROUP, WIDTH, COLUMNS,
         )  # fmt: skip
         start = layer * rows * WIDTH
-        change = _rows_of(grad_mixed + start, None, row, rows, SLOTS, WIDTH, COLUMNS).to(tl.float32)
-        change += _rows_of(grad_same + start, None, row, rows, SLOTS, WIDTH, COLUMNS).to(tl.float32)
-        direct = _rows_of(grad_normed + start, None, row, rows, SLOTS, WIDTH, COLUMNS).to(tl.float32)
+        change = rows_of(grad_mixed + start, None, row, rows, SLOTS, WIDTH, COLUMNS).to(tl.float32)
+        change += rows_of(grad_same + start, None, row, rows, SLOTS, WIDTH, COLUMNS).to(tl.float32)
+        direct = rows_of(grad_normed + start, None, row, rows, SLOTS, WIDTH, COLUMNS).to(tl.float32)
         turned = tl.sum(change * (y * mean_scale - x * scale), 1)
         tl.store(grad_value + layer * rows + row, turned, mask=row < rows)
         own += (direct + (1.0 - share)[:, None] * change) * x

@@ -22,6 +22,7 @@ from rxt_dist.kernels.compilation import compiled
 from rxt_dist.model.initialisation import Distribution, Normal
 from rxt_dist.model.layout import SequenceLayout
 from rxt_dist.model.memory_gate import MemoryGate, mix
+from rxt_dist.model.memory_mix import mixed_and_normed, mixed_into
 from rxt_dist.model.memory_norm import MixedNorm, make_memory_norm, normed
 from rxt_dist.model.memory_sources import has_kernels, normed_and_mixed
 from rxt_dist.model.rope import RopeSettings, Rotation
@@ -76,9 +77,7 @@ class StackedAttention(Stacked):
     Args of forward:
         queries: [L, R, D]; sources: [L, R', D], or [1, R', D] to be read by every layer; layout: groups of
         the L * R query rows and L * R' key rows; rotation: angles of the R' source rows, None without RoPE
-        (queries are never rotated: a slot has no position);
-        again: ``sources`` once more, in the dtype of the weights, where the gradients of the two are wanted
-        apart.
+        (queries are never rotated: a slot has no position).
 
     Returns [L, R, D] in the dtype of the weights.
     """
@@ -104,6 +103,28 @@ class StackedAttention(Stacked):
         sources: torch.Tensor,
         layout: AttentionLayout,
         rotation: Rotation | None = None,
+    ) -> torch.Tensor:
+        projected: torch.Tensor = self.out(self._joined(queries, sources, layout, rotation))
+        return projected
+
+    def product(
+        self,
+        queries: torch.Tensor,
+        sources: torch.Tensor,
+        layout: AttentionLayout,
+        rotation: Rotation | None = None,
+        again: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The result before its bias is added. ``again``: ``sources`` once more, in the dtype of the weights,
+        where the gradients of the two are wanted apart."""
+        return self.out.product(self._joined(queries, sources, layout, rotation, again))
+
+    def _joined(
+        self,
+        queries: torch.Tensor,
+        sources: torch.Tensor,
+        layout: AttentionLayout,
+        rotation: Rotation | None,
         again: torch.Tensor | None = None,
     ) -> torch.Tensor:
         queries, sources = queries.to(self.dtype), sources.to(self.dtype)
@@ -117,8 +138,7 @@ class StackedAttention(Stacked):
         joined = heads.flatten(-2).view(*queries.shape[:2], self.inner)
         if gate:
             joined = joined * torch.sigmoid(gate[0])
-        projected: torch.Tensor = self.out(joined)
-        return projected
+        return joined
 
     def _keys_and_values(self, sources: torch.Tensor, again: torch.Tensor | None) -> Sequence[torch.Tensor]:
         if again is None:
@@ -222,12 +242,48 @@ class MemoryAttention(nn.Module):
             absent = ~present
             stm = stm.masked_fill(absent[:, None, None], 0.0)
             encoded = encoded.masked_fill(absent[sequence_ids][:, None], 0.0)
-        old = self._read_memory(before, stm, groups.slots, present, gates)
+        sources = self._sources(encoded)
+        if self._has_kernels(before):
+            return self._write_by_kernels(before, sources, groups, rotation, present, gates)
+        old = self._read_memory(stm, groups.slots, present, gates)
         queries = normed(self.norm, old, present).flatten(1, 2)
-        update = self.attention(queries, self._sources(encoded), groups.tokens, rotation).view(stm.shape)
+        update = self.attention(queries, sources, groups.tokens, rotation).view(stm.shape)
         after = self._mix("gate", old, update, gates) if self.residual else update
         after = after.to(stm.dtype)
         return after if present is None else torch.where(present[:, None, None], after, before)
+
+    def _has_kernels(self, stm: torch.Tensor) -> bool:
+        if self.variant not in ("self_interlayer", "grouped_self_interlayer"):
+            return False
+        norms = (self.norm, self.interlayer_norm, self.mean_norm)
+        return has_kernels(stm, norms, (self.gate, self.interlayer_gate, self.source_gate))
+
+    def _write_by_kernels(
+        self,
+        stm: torch.Tensor,
+        sources: torch.Tensor,
+        groups: MemoryGroups,
+        rotation: Rotation,
+        present: torch.Tensor | None,
+        gates: GateValues | None,
+    ) -> torch.Tensor:
+        """What :meth:`_write` computes, of ``stm`` as it is given; absent lanes may hold anything."""
+        one, all_layers = self.attention, self.interlayer_attention
+        assert self.source_gate is not None
+        assert self.interlayer_gate is not None
+        assert self.gate is not None
+        norms = self.interlayer_norm, self.mean_norm
+        read = normed_and_mixed(stm, *norms, self.source_gate, self.groups, present, one.dtype)
+        update = all_layers.product(read.normed, read.mixed, groups.slots, again=read.again)
+        old, queries, sums, interlayer = mixed_and_normed(
+            stm, update, all_layers.out.bias, self.interlayer_gate, read.sums, self.norm, present
+        )
+        update = one.product(queries, sources, groups.tokens, rotation)
+        after, value = mixed_into(stm, old, update, one.out.bias, self.gate, sums, present)
+        if gates is not None:
+            found = {"source_gate": read.gate, "interlayer_gate": interlayer, "gate": value}
+            gates.update((name, values.detach()) for name, values in found.items())
+        return after
 
     def _sources(self, encoded: torch.Tensor) -> torch.Tensor:
         """What the slots read of ``encoded`` [L, N, D]."""
@@ -235,28 +291,17 @@ class MemoryAttention(nn.Module):
 
     def _read_memory(
         self,
-        unmasked: torch.Tensor,
         stm: torch.Tensor,
         groups: AttentionLayout,
         present: torch.Tensor | None,
         gates: GateValues | None,
     ) -> torch.Tensor:
-        """The step before the encoding is read: what the variant lets the slots read of the STM, of which
-        ``unmasked`` may hold anything in absent lanes."""
+        """The step before the encoding is read: what the variant lets the slots read of the STM."""
         if self.variant == "simple":
             return stm
         if self.variant == "self":
             rows = normed(self.self_norm, stm, present).flatten(1, 2)
             return self._mix("self_gate", stm, self.self_attention(rows, rows, groups).view(stm.shape), gates)
-        norms = self.interlayer_norm, self.mean_norm
-        if self.variant != "interlayer" and has_kernels(unmasked, *norms, self.source_gate):
-            assert self.source_gate is not None
-            dtype = self.interlayer_attention.dtype
-            read = normed_and_mixed(unmasked, *norms, self.source_gate, self.groups, present, dtype)
-            if gates is not None:
-                gates["source_gate"] = read.gate.detach()
-            update = self.interlayer_attention(read.normed, read.mixed, groups, again=read.again)
-            return self._mix("interlayer_gate", stm, update.view(stm.shape), gates, read.sums)
         queries = normed(self.interlayer_norm, stm, present)
         source = stm.reshape(self.groups, self.layers // self.groups, *stm.shape[1:]).mean(dim=1)
         source = normed(self.mean_norm, source, present)
@@ -267,15 +312,8 @@ class MemoryAttention(nn.Module):
         update = self.interlayer_attention(queries.flatten(1, 2), source.flatten(1, 2), groups)
         return self._mix("interlayer_gate", stm, update.view(stm.shape), gates)
 
-    def _mix(
-        self,
-        name: str,
-        old: torch.Tensor,
-        new: torch.Tensor,
-        gates: GateValues | None,
-        old_sums: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        mixture, value = mix(getattr(self, name), old, new, old_sums)
+    def _mix(self, name: str, old: torch.Tensor, new: torch.Tensor, gates: GateValues | None) -> torch.Tensor:
+        mixture, value = mix(getattr(self, name), old, new)
         if gates is not None and value is not None:
             gates[name] = value.detach()
         return mixture

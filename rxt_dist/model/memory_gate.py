@@ -25,7 +25,6 @@ class MemoryGate(Stacked):
 
     Args of forward:
         old: [L, B, S, D]; new: [L, B, S, D] or [1, B, S, D], any floating dtypes.
-        old_sums: [L, B, S], over the channels of ``old``, where they are known.
 
     Returns (mixture [L, B, S, D], gate value r or g, broadcastable to [L, B, S, 1]), in fp32 unless
     ``old`` is wider; all arithmetic is in that dtype.
@@ -51,12 +50,10 @@ class MemoryGate(Stacked):
             stated["linear.bias"] = Constant(self.config.bias_init)
         return stated
 
-    def forward(
-        self, old: torch.Tensor, new: torch.Tensor, old_sums: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = torch.promote_types(old.dtype, torch.float32)
         old, new = old.to(dtype), new.to(dtype)
-        value = self.value_of(old if self.config.type == "static" else self._status(old, new, old_sums))
+        value = self.value_of(old if self.config.type == "static" else self._status(old, new))
         if self.config.activation == "sigmoid":
             return torch.lerp(old, new, value), value
         return torch.addcmul(old + new, value, new - old), value
@@ -79,26 +76,26 @@ class MemoryGate(Stacked):
             return value
         return value * (status if self.config.per_slot else status.mean(-1, keepdim=True)).unsqueeze(-1)
 
-    def _status(self, old: torch.Tensor, new: torch.Tensor, old_sums: torch.Tensor | None) -> torch.Tensor:
+    def _status(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """What a gate sees of each slot, [L, B, S]."""
         if self.status is None:
-            return _channel_mean(old, new, old_sums)
+            return _channel_mean(old, new)
         both = old + new
         projected: torch.Tensor = self.status(both.flatten(1, 2), both.dtype)
         return projected.view(both.shape[:-1])
 
 
-def _channel_mean(old: torch.Tensor, new: torch.Tensor, old_sums: torch.Tensor | None) -> torch.Tensor:
+def _channel_mean(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """Mean over D of ``old + new``, [L, B, S]."""
     # The backward of a sum is an expanded view; that of a mean writes a tensor of the input's size.
-    return ((old.sum(-1) if old_sums is None else old_sums) + new.sum(-1)) / old.shape[-1]
+    return (old.sum(-1) + new.sum(-1)) / old.shape[-1]
 
 
 def mix(
-    gate: MemoryGate | None, old: torch.Tensor, new: torch.Tensor, old_sums: torch.Tensor | None = None
+    gate: MemoryGate | None, old: torch.Tensor, new: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(mixture, gate value) of ``gate``; without one ``old + new`` and None."""
     if gate is None:
         return old + new, None
-    mixture, value = gate(old, new, old_sums)
+    mixture, value = gate(old, new)
     return mixture, value

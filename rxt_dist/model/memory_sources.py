@@ -5,6 +5,7 @@ Shape legend: L layers, G groups of layers, B lanes, S STM slots, D embedding wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,12 +44,12 @@ class Sources(NamedTuple):
     sums: torch.Tensor
 
 
-def has_kernels(stm: torch.Tensor, norm: Norm, mean_norm: Norm, gate: MemoryGate | None) -> bool:
-    """Whether :func:`normed_and_mixed` takes these: a memory without gradient, plain norms, and a gate that
-    sees mean channels or nothing."""
+def has_kernels(stm: torch.Tensor, norms: Sequence[Norm], gates: Sequence[MemoryGate | None]) -> bool:
+    """Whether kernels take these: a memory without gradient, plain norms, and gates that see mean channels or
+    nothing."""
     takes = stm.dtype == torch.float32 and stm.numel() > 0 and uses_triton(stm) and not stm.requires_grad
-    plain = isinstance(norm, StackedRMSNorm) and isinstance(mean_norm, StackedRMSNorm)
-    return takes and plain and gate is not None and gate.status is None
+    plain = all(isinstance(norm, StackedRMSNorm) for norm in norms)
+    return takes and plain and all(gate is not None and gate.status is None for gate in gates)
 
 
 def normed_and_mixed(
