@@ -22,7 +22,9 @@ from rxt_dist.kernels.compilation import compiled
 from rxt_dist.model.initialisation import Distribution, Normal
 from rxt_dist.model.layout import SequenceLayout
 from rxt_dist.model.memory_gate import MemoryGate, mix
+from rxt_dist.model.memory_mix import mixed_and_normed, mixed_into
 from rxt_dist.model.memory_norm import MixedNorm, make_memory_norm, normed
+from rxt_dist.model.memory_sources import has_kernels, normed_and_mixed
 from rxt_dist.model.rope import RopeSettings, Rotation
 from rxt_dist.model.stacked import Stacked, StackedLinear, StackedRMSNorm
 
@@ -102,9 +104,32 @@ class StackedAttention(Stacked):
         layout: AttentionLayout,
         rotation: Rotation | None = None,
     ) -> torch.Tensor:
+        projected: torch.Tensor = self.out(self._joined(queries, sources, layout, rotation))
+        return projected
+
+    def product(
+        self,
+        queries: torch.Tensor,
+        sources: torch.Tensor,
+        layout: AttentionLayout,
+        rotation: Rotation | None = None,
+        again: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The result before its bias is added. ``again``: ``sources`` once more, in the dtype of the weights,
+        where the gradients of the two are wanted apart."""
+        return self.out.product(self._joined(queries, sources, layout, rotation, again))
+
+    def _joined(
+        self,
+        queries: torch.Tensor,
+        sources: torch.Tensor,
+        layout: AttentionLayout,
+        rotation: Rotation | None,
+        again: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         queries, sources = queries.to(self.dtype), sources.to(self.dtype)
         q, *gate = self._map(queries, [self.q] if self.gate is None else [self.q, self.gate])
-        q, k, v = (self._heads(rows) for rows in (q, *self._map(sources, [self.k, self.v])))
+        q, k, v = (self._heads(rows) for rows in (q, *self._keys_and_values(sources, again)))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
@@ -113,8 +138,12 @@ class StackedAttention(Stacked):
         joined = heads.flatten(-2).view(*queries.shape[:2], self.inner)
         if gate:
             joined = joined * torch.sigmoid(gate[0])
-        projected: torch.Tensor = self.out(joined)
-        return projected
+        return joined
+
+    def _keys_and_values(self, sources: torch.Tensor, again: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        if again is None:
+            return self._map(sources, [self.k, self.v])
+        return [*self._map(sources, [self.k]), *self._map(again, [self.v])]
 
     def _map(self, rows: torch.Tensor, maps: Sequence[StackedLinear]) -> Sequence[torch.Tensor]:
         """``rows`` [L, R, D] or [1, R, D] through each of ``maps``."""
@@ -213,12 +242,48 @@ class MemoryAttention(nn.Module):
             absent = ~present
             stm = stm.masked_fill(absent[:, None, None], 0.0)
             encoded = encoded.masked_fill(absent[sequence_ids][:, None], 0.0)
+        sources = self._sources(encoded)
+        if self._has_kernels(before):
+            return self._write_by_kernels(before, sources, groups, rotation, present, gates)
         old = self._read_memory(stm, groups.slots, present, gates)
         queries = normed(self.norm, old, present).flatten(1, 2)
-        update = self.attention(queries, self._sources(encoded), groups.tokens, rotation).view(stm.shape)
+        update = self.attention(queries, sources, groups.tokens, rotation).view(stm.shape)
         after = self._mix("gate", old, update, gates) if self.residual else update
         after = after.to(stm.dtype)
         return after if present is None else torch.where(present[:, None, None], after, before)
+
+    def _has_kernels(self, stm: torch.Tensor) -> bool:
+        if self.variant not in ("self_interlayer", "grouped_self_interlayer"):
+            return False
+        norms = (self.norm, self.interlayer_norm, self.mean_norm)
+        return has_kernels(stm, norms, (self.gate, self.interlayer_gate, self.source_gate))
+
+    def _write_by_kernels(
+        self,
+        stm: torch.Tensor,
+        sources: torch.Tensor,
+        groups: MemoryGroups,
+        rotation: Rotation,
+        present: torch.Tensor | None,
+        gates: GateValues | None,
+    ) -> torch.Tensor:
+        """What :meth:`_write` computes, of ``stm`` as it is given; absent lanes may hold anything."""
+        one, all_layers = self.attention, self.interlayer_attention
+        assert self.source_gate is not None
+        assert self.interlayer_gate is not None
+        assert self.gate is not None
+        norms = self.interlayer_norm, self.mean_norm
+        read = normed_and_mixed(stm, *norms, self.source_gate, self.groups, present, one.dtype)
+        update = all_layers.product(read.normed, read.mixed, groups.slots, again=read.again)
+        old, queries, sums, interlayer = mixed_and_normed(
+            stm, update, all_layers.out.bias, self.interlayer_gate, read.sums, self.norm, present
+        )
+        update = one.product(queries, sources, groups.tokens, rotation)
+        after, value = mixed_into(stm, old, update, one.out.bias, self.gate, sums, present)
+        if gates is not None:
+            found = {"source_gate": read.gate, "interlayer_gate": interlayer, "gate": value}
+            gates.update((name, values.detach()) for name, values in found.items())
+        return after
 
     def _sources(self, encoded: torch.Tensor) -> torch.Tensor:
         """What the slots read of ``encoded`` [L, N, D]."""

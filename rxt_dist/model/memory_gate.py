@@ -53,29 +53,31 @@ class MemoryGate(Stacked):
     def forward(self, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = torch.promote_types(old.dtype, torch.float32)
         old, new = old.to(dtype), new.to(dtype)
-        z = self._logit(old, new)
+        value = self.value_of(old if self.config.type == "static" else self._status(old, new))
         if self.config.activation == "sigmoid":
-            share = z.sigmoid()
-            return torch.lerp(old, new, share), share
-        change = z.tanh()
-        return torch.addcmul(old + new, change, new - old), change
+            return torch.lerp(old, new, value), value
+        return torch.addcmul(old + new, value, new - old), value
 
-    def _logit(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def value_of(self, status: torch.Tensor) -> torch.Tensor:
+        """The gate value for the slots' ``status`` [L, B, S], which a static gate does not look at."""
+        z = self._logit(status)
+        return z.sigmoid() if self.config.activation == "sigmoid" else z.tanh()
+
+    def _logit(self, status: torch.Tensor) -> torch.Tensor:
         """z, [L, B, S, 1] or broadcastable to it."""
-        dtype = old.dtype
+        dtype = status.dtype
         if self.linear is not None:
-            z: torch.Tensor = self.linear(self._status(old, new), dtype)
+            z: torch.Tensor = self.linear(status, dtype)
             return z.unsqueeze(-1)
         assert self.value is not None
         value = self.value.to(dtype)
         value = value[:, None] if self.config.per_slot else value[:, None, None]
         if self.config.type == "static":
             return value
-        status = _channel_mean(old, new)
         return value * (status if self.config.per_slot else status.mean(-1, keepdim=True)).unsqueeze(-1)
 
     def _status(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """What a linear gate sees of each slot, [L, B, S]."""
+        """What a gate sees of each slot, [L, B, S]."""
         if self.status is None:
             return _channel_mean(old, new)
         both = old + new

@@ -43,11 +43,18 @@ class StackedLinear(Stacked):
         return dict.fromkeys(("weight", "bias"), linear_default(self.weight.shape[2]))
 
     def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        # Not baddbmm: on a GPU it writes the bias into every row of the result first, and reads it again.
+        return self.with_bias(self.product(x, dtype))
+
+    def product(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The map without its bias."""
         weight = self.weight if dtype is None else self.weight.to(dtype)
         rows = x.to(weight.dtype).expand(weight.shape[0], -1, -1)
-        out = torch.bmm(rows, weight.mT)
-        # Not baddbmm: on a GPU it writes the bias into every row of the result first, and reads it again.
-        return out if self.bias is None else out + self.bias.to(weight.dtype)[:, None]
+        return torch.bmm(rows, weight.mT)
+
+    def with_bias(self, product: torch.Tensor) -> torch.Tensor:
+        """``product`` [L, R, O] and the bias, in the dtype of ``product``."""
+        return product if self.bias is None else product + self.bias.to(product.dtype)[:, None]
 
 
 class StackedRMSNorm(Stacked):

@@ -185,6 +185,9 @@ class TensorStackedAttention(_Dealt, StackedAttention):
         if whole.gate is not None:
             self.gate = StackedColumn(whole.gate, held)
 
+    def _keys_and_values(self, sources: torch.Tensor, again: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        return self._map(sources, [self.k, self.v])  # ranks add up their gradient once
+
     def _map(self, rows: torch.Tensor, maps: Sequence[Any]) -> Sequence[torch.Tensor]:
         matrices = [one.matrix() for one in maps]
         if self._of_tokens and maps[0] is self.k:

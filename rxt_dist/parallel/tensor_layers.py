@@ -318,10 +318,8 @@ class StackedRow(StackedLinear):
     def initial_distributions(self) -> dict[str, Distribution]:
         return dict.fromkeys(("weight", "bias"), linear_default(self._inputs))
 
-    def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        weight = self.weight if dtype is None else self.weight.to(dtype)
-        out = leave_parts(torch.bmm(x.to(weight.dtype), weight.mT), self._tensor.ranks)
-        return out if self.bias is None else out + self.bias.to(out.dtype)[:, None]
+    def product(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return leave_parts(super().product(x, dtype), self._tensor.ranks)
 
 
 class StackedSharedHeads(StackedLinear):
