@@ -37,7 +37,7 @@ def passes(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    ("rows", "width"), [(65_537, 256), (4_096, 512), (1, 96), (129, 8192), (100_001, 24)]
+    ("rows", "width"), [(65_537, 256), (4_096, 512), (1, 96), (129, 4096), (100_001, 24)]
 )
 def test_gradients(rows: int, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
