@@ -7,7 +7,7 @@ K experts a token visits, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from rxt_dist.kernels.attention_triton import longest_keys
 from rxt_dist.kernels.combine import combine_rows
 from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.kernels.grouped_gemm import grouped_linear
-from rxt_dist.kernels.norm import rms_norm
+from rxt_dist.kernels.norm import rms_norm, rms_norm_branch
 from rxt_dist.kernels.permute import repeat_permuted
 from rxt_dist.model.moe import ExpertOrder, Router
 from rxt_dist.model.rope import Rotation
@@ -90,6 +90,7 @@ def operations(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterat
                 name = f"attention {kind} {backend} d={width}"
                 yield name, _attention(sizes, device, dtype, backend, kind, width)
     yield "rms_norm", lambda: _rms_norm(sizes, device)
+    yield "rms_norm and residual", lambda: _residual_norm(sizes, device)
     yield "rope", lambda: _rope(sizes, device)
     yield "swiglu", lambda: _swiglu(sizes, device)
     yield "repeat", lambda: _repeat(sizes, device)
@@ -179,6 +180,17 @@ def _rms_norm(sizes: Sizes, device: torch.device) -> Case:
 
     x = _random(sizes.tokens, sizes.width, device=device)
     return Case([x, 1 + 0.1 * _random(sizes.width, device=device)], rms_norm, exact)
+
+
+def _residual_norm(sizes: Sizes, device: torch.device) -> Case:
+    """A stream and its norm, added up."""
+
+    def ours(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        stream, normed = rms_norm_branch(x, weight)
+        return stream + normed
+
+    whole = _rms_norm(sizes, device)
+    return replace(whole, ours=ours, exact=lambda x, weight: x + whole.exact(x, weight))
 
 
 def _rope(sizes: Sizes, device: torch.device) -> Case:

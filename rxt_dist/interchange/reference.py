@@ -430,7 +430,9 @@ def _zero_queries(component: Decoder | Encoder, attention_mask: torch.Tensor | N
         return
     mask = (attention_mask != 0).flatten()[:, None]
     norms = [norm for layer in component.layers if isinstance(norm := layer.cross_norm, nn.Module)]
-    hooks = [norm.register_forward_hook(lambda module, inputs, output: output * mask) for norm in norms]
+    hooks = [
+        norm.register_forward_hook(lambda module, inputs, out: (out[0], out[1] * mask)) for norm in norms
+    ]
     try:
         yield
     finally:

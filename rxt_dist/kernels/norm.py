@@ -7,6 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rxt_dist.kernels.triton_support import HAS_TRITON, uses_triton
+
+if HAS_TRITON:
+    from rxt_dist.kernels.norm_triton import WIDEST, norm_backward
+
 RMS_EPS = torch.finfo(torch.float32).eps
 """Added to the mean square, also for bf16 inputs: 1.1920929e-07."""
 
@@ -25,6 +30,40 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = RMS_EPS) -> tor
         out: torch.Tensor = _CpuRmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return out
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def rms_norm_branch(
+    x: torch.Tensor, weight: torch.Tensor, eps: float = RMS_EPS
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` and ``rms_norm(x)``, of [..., D], for a residual stream: both gradients meet in one pass."""
+    if uses_triton(x) and x.numel() and x.shape[-1] <= WIDEST:
+        stream, normed = _Branch.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        return stream, normed
+    return x, rms_norm(x, weight, eps)
+
+
+class _Branch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return x.view_as(x), F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        grad_x, grad = (rows.reshape(-1, x.shape[-1]) for rows in grads)
+        found, grad_weight = norm_backward(
+            grad.contiguous(),
+            grad_x.contiguous(),
+            x.reshape(-1, x.shape[-1]).contiguous(),
+            weight,
+            ctx.eps,
+            ctx.needs_input_grad[1],
+        )
+        return found.view(x.shape), grad_weight, None
 
 
 class _CpuRmsNorm(torch.autograd.Function):

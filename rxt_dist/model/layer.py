@@ -18,7 +18,7 @@ from rxt_dist.model.balance import RouterSums
 from rxt_dist.model.cache import KeysValues, LayerCache
 from rxt_dist.model.feedforward import FeedForward
 from rxt_dist.model.moe import MoE
-from rxt_dist.model.norm import make_norm
+from rxt_dist.model.norm import make_norm, make_residual_norm
 from rxt_dist.model.rope import Rotation
 
 
@@ -48,16 +48,16 @@ class Layer(nn.Module):
         stm_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.attention_norm = make_norm(norm, width)
+        self.attention_norm = make_residual_norm(norm, width)
         self.attention = SelfAttention(width, head_width, attention, causal=causal)
         self.cross_norm: nn.Module | None = None
         self.stm_norm: nn.Module | None = None
         self.cross_attention: CrossAttention | None = None
         if cross_attention is not None:
-            self.cross_norm = make_norm(norm, width)
+            self.cross_norm = make_residual_norm(norm, width)
             self.stm_norm = make_norm(norm, width) if stm_norm else None
             self.cross_attention = CrossAttention(width, head_width, cross_attention, causal=causal_cross)
-        self.feed_forward_norm = make_norm(norm, width)
+        self.feed_forward_norm = make_residual_norm(norm, width)
         self.feed_forward = feed_forward
 
     def read(self, memory: torch.Tensor) -> KeysValues:
@@ -75,11 +75,13 @@ class Layer(nn.Module):
         memory_layout: AttentionLayout | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, RouterSums | None]:
-        x = x + self.attention(self.attention_norm(x), layout, rotation, cache)
+        x, normed = self.attention_norm(x)
+        x = x + self.attention(normed, layout, rotation, cache)
         if self.cross_attention is not None and self.cross_norm is not None and memory is not None:
             rows = memory if isinstance(memory, KeysValues) else self.read(memory)
-            x = x + self.cross_attention(self.cross_norm(x), rows, memory_layout, rotation)
-        normed = self.feed_forward_norm(x)
+            x, normed = self.cross_norm(x)
+            x = x + self.cross_attention(normed, rows, memory_layout, rotation)
+        x, normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, FeedForward):
             return x + self.feed_forward(normed), None
         out, sums = self.feed_forward(normed)

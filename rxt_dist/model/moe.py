@@ -32,7 +32,6 @@ if HAS_TRITON:
     from rxt_dist.kernels.router_triton import route
 
 _EXPERT_STD = 0.02
-_ALIGNED_OUTPUTS = 8
 ExpertInit = Literal["normal", "linear"]
 _WEIGHT_EPS = 1e-9
 
@@ -119,14 +118,14 @@ def expert_distributions(init: ExpertInit, width: int, hidden: int) -> dict[str,
 
 
 class _AlignedLinear(nn.Linear):
-    """A linear map without bias, zeros behind its outputs: x [N, I] -> [N, O, rounded up to a multiple].
+    """A linear map without bias, zeros behind its outputs: x [N, I] -> [N, O, rounded up to a multiple of 8].
 
     cuBLAS has fast products of 16-bit numbers for rows of whole 16 bytes only; so are then those of the
     forward pass and both of the backward pass.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, F.pad(self.weight, (0, 0, 0, -self.out_features % _ALIGNED_OUTPUTS)))
+        return F.linear(x, F.pad(self.weight, (0, 0, 0, -self.out_features % 8)))
 
 
 class Router(nn.Module):

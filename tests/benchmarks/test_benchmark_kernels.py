@@ -50,7 +50,8 @@ def case_of(
 def test_what_is_compared() -> None:
     heads = [f"attention {kind} sdpa d={d}" for d in (16, 32) for kind in ("self", "causal", "cross")]
     experts = ("repeat", "swiglu of experts", "combine", "grouped_linear", "router", "route and permute")
-    others = ("rms_norm", "rope", "swiglu", *experts, "linear_cross_entropy C=64")
+    norms = ("rms_norm", "rms_norm and residual")
+    others = (*norms, "rope", "swiglu", *experts, "linear_cross_entropy C=64")
     assert [*heads, *others, "embedding"] == NAMES
 
 

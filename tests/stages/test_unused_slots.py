@@ -63,9 +63,9 @@ def encoded(model: RxTModel, interaction: Interaction, padded: int) -> torch.Ten
     found = []
     x = model.encoder.embedding(tokens)
     for layer in model.encoder.layers:
-        normed = layer.attention_norm(x)
+        _, normed = layer.attention_norm(x)
         x = x + attended(layer.attention, normed, real, model.encoder)
-        x = x + layer.feed_forward(layer.feed_forward_norm(x))
+        x = x + layer.feed_forward(layer.feed_forward_norm(x)[1])
         found.append(x)
     return torch.stack(found)
 
