@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import triton
+from memory_samples import LAYERS, LENGTHS, SLOTS, WIDTH, memory_config, network
 from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
 from triton.backends.compiler import GPUTarget
 
@@ -20,6 +21,7 @@ from rxt_dist.kernels.attention_triton import short_attention
 from rxt_dist.kernels.combine import combine_rows
 from rxt_dist.kernels.cross_entropy import linear_cross_entropy
 from rxt_dist.kernels.noise import with_noise
+from rxt_dist.kernels.norm import rms_norm_branch
 from rxt_dist.kernels.permute import repeat_permuted
 from rxt_dist.kernels.rotary_triton import rotate, rotated_heads
 from rxt_dist.model import SequenceLayout
@@ -82,10 +84,16 @@ def call_everything() -> None:
     numbers = torch.empty(4, tokens)
     cross_entropy_triton.score_parts(scores, targets, 0, numbers)
     cross_entropy_triton.put_gradient_of_part(scores, targets, 0, torch.ones(tokens))
-    call_memory_writes(x.detach())
+    call_memory_losses(x.detach())
+    stream, normed = rms_norm_branch(x, torch.ones(width, dtype=bf16, requires_grad=True))
+    (stream.sum() + normed.sum()).backward()
+    gate = {"type": "linear", "activation": "sigmoid", "slot_status": "mean"}
+    write = network(memory_config("self_interlayer", gate=gate))
+    stm, encoded = torch.randn(LAYERS, len(LENGTHS), SLOTS, WIDTH), torch.randn(LAYERS, sum(LENGTHS), WIDTH)
+    write(stm, encoded, SequenceLayout.from_lengths(LENGTHS)).sum().backward()
 
 
-def call_memory_writes(x: torch.Tensor) -> None:
+def call_memory_losses(x: torch.Tensor) -> None:
     """``x``: [N, D]."""
     tokens, width = x.shape
     stm = torch.randn(2, 3, 4, width, requires_grad=True)

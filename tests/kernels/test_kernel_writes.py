@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,15 @@ RESULTS = {
     "cross_entropy._gradient_of_part": [["logits"]],
     "cross_entropy._part_of_rows": [["numbers"]],
     "cross_entropy._whole_rows": [["hits", "logits", "losses"]],
+    "memory_mix._mix_and_norm": [["inverse", "mixed", "normed", "sums"]],
+    "memory_mix._mix_and_norm_backward": [["grad", "grad_value", "parts"]],
+    "memory_mix._mix_into": [["after"]],
+    "memory_sources._mixed_rows": [["mixed", "normed"]],
+    "memory_sources._mixed_rows_backward": [["grad_value", "parts"]],
+    "memory_sources._norm_sums": [["inverse", "mean", "mean_inverse", "mean_total", "plain", "total"]],
+    "memory_sources._weighted_rows": [["parts"]],
+    "norm._norm_backward": [["out", "parts"]],
+    "norm._sum_parts": [["sums"]],
     "order._add_blocks": [["ends", "first"]],
     "order._count": [["upto"]],
     "order._place": [["inverse", "order", "ordered"]],
@@ -44,9 +54,20 @@ RESULTS = {
 
 def test_kernels_write_to_their_results_only() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(rxt_dist.__file__).parent.parent)
+    package, samples = Path(rxt_dist.__file__).parent.parent, HELPER.parent.parent / "model"
+    environment["PYTHONPATH"] = f"{package}{os.pathsep}{samples}"
     done = subprocess.run(
         [sys.executable, HELPER], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == RESULTS
+
+
+def test_every_kernel_is_known() -> None:
+    launched = {
+        f"{file.stem.removesuffix('_triton')}.{name}"
+        for file in (Path(rxt_dist.__file__).parent / "kernels").glob("*_triton.py")
+        for name in re.findall(r"^ +(_\w+)\[", file.read_text(encoding="utf-8"), re.MULTILINE)
+        if re.search(rf"@triton.jit\ndef {name}\(", file.read_text(encoding="utf-8"))
+    }
+    assert launched == set(RESULTS)
