@@ -109,7 +109,10 @@ def test_losses_of_a_write(
     for name in ("after", "before"):
         wide[name] = case[name].detach().double().requires_grad_()
     for ours, exact in zip(found, losses_and_gradients(wide), strict=True):
-        assert (ours - exact).abs().max() <= 5e-6 * exact.abs().max(), (ours - exact).abs().max()
+        largest = (
+            exact.abs() if exact.dim() == 0 else exact.abs().amax(-1, keepdim=True)
+        )  # rows differ in size
+        assert ((ours - exact).abs() <= 2e-5 * largest + 1e-9).all()
 
 
 @pytest.mark.usefixtures("interpreter")

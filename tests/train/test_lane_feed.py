@@ -30,6 +30,23 @@ def test_ranks_that_share_tensors_save_their_lanes_once(rank: int, lanes: list[i
         assert torch.equal(values, stm[:, column].flatten())
 
 
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_lanes_carry_what_their_micro_batch_brought(micro: int) -> None:
+    nothing: Any = None
+    first = 4
+    feed = LaneFeed(nothing, nothing, first, torch.zeros(3, 4, 2, 5), saves=True)
+    brought = torch.randn(3, 4, 2, 5, requires_grad=True)
+    for lane in range(0, 4, micro):
+        batch: Any = SimpleNamespace(lanes=np.arange(micro), first_lane=first + lane)
+        feed.carry(batch, brought[:, lane : lane + micro])
+        carried = feed.stm(batch)
+        assert torch.equal(carried, brought[:, lane : lane + micro])
+        assert not carried.requires_grad
+    for lane, fragment in enumerate(feed.fragments().values()):
+        ((_, values),) = fragment.chunks
+        assert torch.equal(values, brought[:, lane].flatten())
+
+
 def test_weights_are_told_in_interactions(caplog: pytest.LogCaptureFixture) -> None:
     """Twice as many conversations, half as long: as many interactions."""
     caplog.set_level(logging.INFO)
