@@ -190,7 +190,7 @@ class _Send(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weights: torch.Tensor, leaving: Departure, experts: ExpertParallel
     ) -> tuple[torch.Tensor, torch.Tensor, ExpertOrder, Traffic]:
         agree = Traffic.start(leaving.counts, experts.group)
-        laid_out = [part.index_select(0, leaving.to_others) for part in (leaving.choices, x)]
+        laid_out = [part[leaving.to_others] for part in (leaving.choices, x)]
         traffic = agree()
         choices, read = there(leaving.choices, laid_out[0], leaving.tokens, traffic)
         x, arrived = there(x, laid_out[1], leaving.tokens, traffic)
@@ -234,7 +234,7 @@ class _SendBack(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (tokens,) = ctx.saved_tensors
         traffic: Traffic = ctx.traffic
-        laid_out = grads[0].index_select(0, tokens[: sum(traffic.sent)])
+        laid_out = grads[0][tokens[: sum(traffic.sent)]]
         grad, arrived = there(grads[0], laid_out, tokens, traffic)
         arrived.wait()
         return grad, None, None
