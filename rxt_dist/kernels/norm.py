@@ -54,7 +54,7 @@ class _Branch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        grad_x, grad = (rows.reshape(-1, x.shape[-1]) for rows in grads)
+        grad_x, grad = grads[0].reshape(-1, x.shape[-1]), grads[1].reshape(-1, x.shape[-1])
         found, grad_weight = norm_backward(
             grad.contiguous(),
             grad_x.contiguous(),

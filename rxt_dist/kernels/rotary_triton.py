@@ -96,8 +96,12 @@ class _RotateHeads(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.heads = query_heads, kv_heads
         q = heads.new_empty(rows, query_heads, width)
-        k, v = (heads.new_empty(rows, kv_heads, width) for _ in range(2))
-        _turn_heads(heads, q, k, v, cos, sin, inverse=False)
+        k = heads.new_empty(rows, kv_heads, width)
+        v = torch.empty_like(k)
+        height, sizes = _sizes(query_heads, kv_heads, width)
+        _rotate_heads[(max(1, -(-rows // height)),)](
+            heads, q, k, v, cos, sin, rows, INVERSE=False, T=height, **sizes
+        )
         return q, k, v
 
     @staticmethod
@@ -107,25 +111,11 @@ class _RotateHeads(torch.autograd.Function):
         query_heads, kv_heads = ctx.heads
         rows, _, width = q.shape
         out = q.new_empty(rows, query_heads + 2 * kv_heads, width)
-        _turn_heads(out, q, k, v, cos, sin, inverse=True)
+        height, sizes = _sizes(query_heads, kv_heads, width)
+        _rotate_heads[(max(1, -(-rows // height)),)](
+            out, q, k, v, cos, sin, rows, INVERSE=True, T=height, **sizes
+        )
         return out, None, None, None, None
-
-
-def _turn_heads(
-    heads: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    *,
-    inverse: bool,
-) -> None:
-    """Fill ``q``, ``k`` and ``v`` from ``heads``, or with ``inverse`` these from them."""
-    rows, query_heads, width = q.shape
-    height, sizes = _sizes(query_heads, k.shape[1], width)
-    grid = (max(1, -(-rows // height)),)
-    _rotate_heads[grid](heads, q, k, v, cos, sin, rows, INVERSE=inverse, T=height, **sizes)
 
 
 def _sizes(query_heads: int, kv_heads: int, width: int) -> tuple[int, dict[str, int]]:

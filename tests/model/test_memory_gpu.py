@@ -67,7 +67,7 @@ def test_bf16_on_cuda_is_near_fp32_and_never_waits_for_the_device(variant: str, 
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
 def test_a_memory_without_gradient_on_cuda_is_near_fp32(compiles: bool, activation: str) -> None:
     gate = {"type": "linear", "activation": activation, "slot_status": "mean"}
-    config = memory_config("grouped_self_interlayer", gate=gate, heads=1)
+    config = memory_config("grouped_self_interlayer", gate=gate, heads=2)
     torch.manual_seed(0)
     stm = torch.randn(LAYERS, len(LENGTHS), SLOTS, WIDTH)
     encoded = torch.randn(LAYERS, sum(LENGTHS), WIDTH)
