@@ -36,7 +36,7 @@ test test-all: export DS_ACCELERATOR := cpu
 test test-all: export CUDA_VISIBLE_DEVICES :=
 test test-all: export OMP_NUM_THREADS := 1
 
-test: $(READY) ## unit tests and a covering part of every matrix (13 minutes on 2 cores)
+test: $(READY) ## unit tests and a covering part of every matrix (14 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-all: $(READY) ## every test that needs no GPU
