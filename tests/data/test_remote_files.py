@@ -8,6 +8,7 @@ import multiprocessing
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from dataset_builder import document, random_conversations, write_dataset
 from helpers.file_server import FileServer, serve
 
 from rxt_dist.data import remote
-from rxt_dist.data.cache import ShardCache
+from rxt_dist.data.cache import ShardCache, locked
 from rxt_dist.data.files import open_files
 from rxt_dist.data.manifest import fingerprint_of, load_manifest, write_manifest
 from rxt_dist.data.pieces import InteractionPieces, TextPieces
@@ -169,13 +170,13 @@ def test_the_cache_never_exceeds_its_limit(
     sizes: list[int] = []
 
     def measure(path: str, number: int, content: bytes) -> bytes:
-        found = []
-        for file in tmp_path.glob("*/*/*.tar*"):
-            try:
-                found.append(file.stat().st_size)
-            except FileNotFoundError:
-                continue
-        sizes.append(sum(found))
+        found = {}  # by inode: a shard may get its name between two looks
+        with locked(tmp_path / ".lock"):  # so that nothing is removed or reserved meanwhile
+            for file in tmp_path.glob("*/*/*.tar*"):
+                with suppress(FileNotFoundError):
+                    status = file.stat()
+                    found[status.st_ino] = status.st_size
+        sizes.append(sum(found.values()))
         return content
 
     server.change = measure
