@@ -6,16 +6,17 @@
 
 Measured is one layer of the run's decoder, with random weights and tokens, in the run's precision; the number
 of tokens is that of each rank. Its forward pass is made twice: as the model makes it, with the backward pass,
-and step by step; both must give the same. Times are medians of rank 0 in ms, on the clock of the GPU where
-there is one:
+and step by step; both must give the same. The model computes a rank's own rows while messages travel; in the
+steps one thing follows the other. Times are medians of rank 0 in ms, on the clock of the GPU where there is
+one:
 
     layer, backward  the whole layer; shared experts are in it, and in no step
     route            logits, softmax, the best experts of each token
     sort             rows by expert, where each expert's run ends; with expert ranks, tokens by rank
     permute          rows into that order
     counts           how many tokens each rank gets; the host waits here
-    send             tokens to the ranks of their experts
-    regroup          rows of what came, by expert
+    send             tokens to the other ranks that have experts of theirs
+    regroup          rows of what came, and of what stayed, by expert
     experts          the grouped products
     return           weighted sums of each token back
     combine          weighted sum of each token's rows; with expert ranks, there and where it came from
@@ -46,6 +47,7 @@ from rxt_dist.arguments import add_overrides
 from rxt_dist.config import RunConfig, load_config
 from rxt_dist.errors import ConfigError, TrainingError, exit_with_message
 from rxt_dist.kernels.combine import combine_rows
+from rxt_dist.kernels.grouped_gemm import grouped_linear
 from rxt_dist.kernels.permute import add_rows, repeat_permuted
 from rxt_dist.model.initialisation import initialise
 from rxt_dist.model.moe import ExpertOrder, Experts, MoE
@@ -87,41 +89,37 @@ def routed(layer: MoE, x: torch.Tensor, clock: Clock) -> torch.Tensor:
     if not isinstance(experts, ExpertParallel):
         order = ExpertOrder.of(routing.experts, layer.config.num_experts)
         clock.mark("sort")
-        rows = repeat_permuted(x, order.order, order.inverse, layer.config.top_k)
-        clock.mark("permute")
-        return computed(experts, rows, order, routing.weights, clock)
+        return computed(experts, x, order, routing.weights, "permute", clock)
     leaving = experts.depart(routing.experts, routing.weights, active=True)
     clock.mark("sort")
-    parts = [leaving.choices, x]
-    laid_out = [part.index_select(0, leaving.to_others) for part in parts]
+    laid_out = [part.index_select(0, leaving.tokens) for part in (leaving.choices, x)]
     clock.mark("permute")
     traffic = Traffic.start(leaving.counts, experts.group)()
     clock.mark("counts")
-    coming = []
-    for part, rows in zip(parts, laid_out, strict=True):
-        came, arrived = there(part, rows, leaving.tokens, traffic)
-        arrived.wait()
-        coming.append(came)
+    choices, tokens = (there(rows, traffic).arrived() for rows in laid_out)
     clock.mark("send")
-    choices, tokens = coming
     weights, order = experts.arrive(choices, routing.weights.dtype)
-    order = order.first(traffic.rows)
-    rows = repeat_permuted(tokens, order.order, order.inverse, layer.config.top_k)
-    clock.mark("regroup")
-    sums = computed(experts, rows, order, weights, clock)
-    sums, arrived = back(sums, traffic)
-    arrived.wait()
+    sums = computed(experts, tokens, order.first(traffic.coming), weights, "regroup", clock)
+    own = computed(experts, x, leaving.staying.first(traffic.staying), routing.weights, "regroup", clock)
+    sums = back(sums, traffic).arrived()
     clock.mark("return")
-    out = add_rows(sums, leaving.inverse, len(traffic.sent))
+    out = add_rows(sums, leaving.inverse, len(traffic.sent) - 1) + own
     clock.mark("combine")
     return out
 
 
 def computed(
-    experts: Experts, rows: torch.Tensor, order: ExpertOrder, weights: torch.Tensor, clock: Clock
+    experts: Experts,
+    x: torch.Tensor,
+    order: ExpertOrder,
+    weights: torch.Tensor,
+    into_order: str,
+    clock: Clock,
 ) -> torch.Tensor:
-    """What the experts of this rank make of the tokens whose ``rows`` are sorted by ``order``."""
-    rows = experts.products(rows, order)
+    """What the experts of this rank make of the tokens ``x``; ``into_order`` is the step that sorts rows."""
+    rows = repeat_permuted(x, order.order, order.inverse, weights.shape[1])
+    clock.mark(into_order)
+    rows = grouped_linear(experts.hidden(rows, order), experts.w_out, order.offsets)
     clock.mark("experts")
     out = combine_rows(
         rows, experts.b_out, weights, order.order, order.inverse, order.offsets, order.expert_of_row

@@ -86,7 +86,7 @@ def add_rows(x: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tenso
     """Of :func:`add_permuted`, without a gradient."""
     if not x.shape[0]:
         return x.new_zeros(inverse.shape[0] // copies, *x.shape[1:])
-    if copies > 1 and x.ndim == 2 and uses_triton(x):
+    if x.ndim == 2 and uses_triton(x):
         return combine_forward(x.contiguous(), None, None, inverse, None, copies)
     missing = (inverse < 0).view(-1, *[1] * (x.ndim - 1))
     rows = x.index_select(0, inverse.clamp_min(0)).masked_fill_(missing, 0)

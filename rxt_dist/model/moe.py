@@ -214,19 +214,25 @@ class Experts(nn.Module):
         return out
 
     def forward(self, x: torch.Tensor, order: ExpertOrder, weights: torch.Tensor) -> torch.Tensor:
-        rows = repeat_permuted(x, order.order, order.inverse, weights.shape[1])
-        rows = self.products(rows, order)
+        return self.leave(self.enter(x, order, weights.shape[1]), order, weights)
+
+    def enter(self, x: torch.Tensor, order: ExpertOrder, copies: int) -> torch.Tensor:
+        """The first half: hidden channels [n, F] of the rows of ``x``, each of which has K = ``copies``."""
+        return self.hidden(repeat_permuted(x, order.order, order.inverse, copies), order)
+
+    def hidden(self, rows: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+        """Hidden channels [n, F] of ``rows`` [n, D], sorted by expert."""
+        hidden = grouped_linear(rows, self.w_in, order.offsets)
+        return activate_rows(
+            hidden, self.b_in, order.offsets, order.expert_of_row, self.activation, self.gated
+        )
+
+    def leave(self, hidden: torch.Tensor, order: ExpertOrder, weights: torch.Tensor) -> torch.Tensor:
+        """The second half: what forward returns."""
+        rows = grouped_linear(hidden, self.w_out, order.offsets)
         return combine_rows(
             rows, self.b_out, weights, order.order, order.inverse, order.offsets, order.expert_of_row
         )
-
-    def products(self, rows: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
-        """Outputs for ``rows`` [n, D], sorted by expert, without the bias of the outputs: [n, D]."""
-        hidden = grouped_linear(rows, self.w_in, order.offsets)
-        hidden = activate_rows(
-            hidden, self.b_in, order.offsets, order.expert_of_row, self.activation, self.gated
-        )
-        return grouped_linear(hidden, self.w_out, order.offsets)
 
 
 class SharedExperts(nn.Module):

@@ -1,12 +1,17 @@
-"""Experts spread over ranks: every token travels once to each rank that has one of its experts.
+"""Experts spread over ranks: every token travels once to each other rank that has one of its experts.
 
 It takes the numbers and weights of its experts along. The rank adds up what its experts make of the token,
 and one row goes back; where the token came from, these sums are added. The ranks first tell each other how
 much they will send; those numbers are the only thing the host waits for.
 
+What a rank's own experts do for its own tokens needs no message, and is done while messages travel: its first
+half (first products and activations) while tokens come, its second half while sums go back. The backward
+pass mirrors this: autograd runs later calls first, so that the second half's gradients are computed while
+gradients of sums come, the first half's while gradients of tokens go back.
+
 Shape legend: N tokens of this rank, K experts of a token, D width, E experts, e experts of this rank, R ranks
 of the expert group, s tokens that this rank sends (one that goes to two ranks counts twice), m tokens that it
-gets, n rows of its experts: pairs of a token that it gets and one of its experts.
+gets, n rows of its experts: pairs of a token and one of its experts.
 """
 
 from __future__ import annotations
@@ -31,19 +36,21 @@ from rxt_dist.parallel.mesh import Mesh
 
 @dataclass(frozen=True, eq=False)
 class Departure:
-    """What this rank sends.
+    """What this rank sends, and what stays.
 
     Attributes:
-        tokens: int64 [N * min(R, K)], of which the first s are the tokens for each other rank, rank by rank,
-            and then those with experts here; to_others: the first N * min(R - 1, K) of it.
-        inverse: int64 [N * R], where there is each token for each rank, this one last; -1: nowhere.
-        counts: int64 [R, 3], for each rank its tokens, its experts' rows, and whether this rank is active.
+        tokens: int64 [N * min(R - 1, K)], of which the first s are the tokens for each other rank, rank by
+            rank.
+        inverse: int64 [N * (R - 1)], where there is each token for each other rank; -1: nowhere.
+        staying: order of the rows that this rank's experts have of its own tokens, to be cut.
+        counts: int64 [R, 3], for each rank its tokens (of this one none), its experts' rows, and whether this
+            rank is active.
         choices: int32 [N, 2 * K], bits of the weights (with fp64 [N, 3 * K]) and numbers of the experts.
     """
 
     tokens: torch.Tensor
-    to_others: torch.Tensor
     inverse: torch.Tensor
+    staying: ExpertOrder
     counts: torch.Tensor
     choices: torch.Tensor
 
@@ -55,16 +62,15 @@ class Traffic:
     Attributes:
         group: the expert group.
         sent, received: tokens to and from every rank of the group, on the host; 0 for this rank.
-        own: tokens of this rank with experts here; s is the sum of sent and own, m of received and own.
-        rows: n.
+        staying, coming: n of this rank's own tokens, and of those that it gets.
         any_active: whether a rank of the group called in a pass of its own (see :func:`uneven_passes`).
     """
 
     group: dist.ProcessGroup
     sent: list[int]
     received: list[int]
-    own: int
-    rows: int
+    staying: int
+    coming: int
     any_active: bool
 
     @classmethod
@@ -77,10 +83,37 @@ class Traffic:
         def agree() -> Traffic:
             work.wait()
             sent, received, rows, active = torch.cat([counts[:, :1], incoming], dim=1).T.tolist()
-            own, sent[group.rank()], received[group.rank()] = sent[group.rank()], 0, 0
-            return cls(group, sent, received, own, sum(rows), any(active))
+            staying = rows[group.rank()]
+            return cls(group, sent, received, staying, sum(rows) - staying, any(active))
 
         return agree
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """Rows on their way: ``rows`` are there when :meth:`arrived` returns them."""
+
+    rows: torch.Tensor
+    work: dist.Work
+
+    def arrived(self) -> torch.Tensor:
+        self.work.wait()
+        return self.rows
+
+
+def there(rows: torch.Tensor, traffic: Traffic) -> Message:
+    """Send the first s of ``rows`` [>= s, ...], laid out rank by rank: [m, ...]. Collective."""
+    return _exchange(rows[: sum(traffic.sent)], traffic.sent, traffic.received, traffic.group)
+
+
+def back(rows: torch.Tensor, traffic: Traffic) -> Message:
+    """The way back of :func:`there`: ``rows`` [m, ...] -> [s, ...]. Collective."""
+    return _exchange(rows.contiguous(), traffic.received, traffic.sent, traffic.group)
+
+
+def _exchange(rows: torch.Tensor, leave: list[int], come: list[int], group: dist.ProcessGroup) -> Message:
+    out = rows.new_empty(sum(come), *rows.shape[1:])
+    return Message(out, dist.all_to_all_single(out, rows, come, leave, group=group, async_op=True))
 
 
 class ExpertParallel(Experts):
@@ -137,37 +170,51 @@ class ExpertParallel(Experts):
     ) -> tuple[torch.Tensor, bool]:
         """What :meth:`visit` returns, and whether a rank of the group has called it."""
         leaving = self.depart(chosen, weights.detach(), active=active)
-        x, weights, order, traffic = _Send.apply(x, weights, leaving, self)  # type: ignore[no-untyped-call]
-        sums = self(x, order, weights)
-        out: torch.Tensor = _SendBack.apply(sums, leaving, traffic)  # type: ignore[no-untyped-call]
-        return out, traffic.any_active
+        agree = Traffic.start(leaving.counts, self.group)
+        laid_out = [part[leaving.tokens] for part in (leaving.choices, x.detach())]
+        trip = Trip(agree())
+        trip.choices = there(laid_out[0], trip.traffic)
+        coming: torch.Tensor = _Send.apply(x, weights, laid_out[1], leaving.inverse, trip)  # type: ignore[no-untyped-call]
+        own = leaving.staying.first(trip.traffic.staying)
+        hidden = self.enter(x, own, self.top_k)
+        others, others_weights, order = _Arrive.apply(coming, weights.dtype, trip, self)  # type: ignore[no-untyped-call]
+        sums = self.leave(self.enter(others, order, self.top_k), order, others_weights)
+        sums = _SendBack.apply(sums, trip)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _Join.apply(  # type: ignore[no-untyped-call]
+            sums, self.leave(hidden, own, weights), leaving.tokens, leaving.inverse, trip
+        )
+        return out, trip.traffic.any_active
 
     @compiled
-    def forward(self, x: torch.Tensor, order: ExpertOrder, weights: torch.Tensor) -> torch.Tensor:
-        return super().forward(x, order, weights)
+    def enter(self, x: torch.Tensor, order: ExpertOrder, copies: int) -> torch.Tensor:
+        return super().enter(x, order, copies)
+
+    @compiled
+    def leave(self, hidden: torch.Tensor, order: ExpertOrder, weights: torch.Tensor) -> torch.Tensor:
+        return super().leave(hidden, order, weights)
 
     @compiled_kernel
     def depart(self, chosen: torch.Tensor, weights: torch.Tensor, *, active: bool) -> Departure:
         """What goes where, of tokens that chose the experts ``chosen`` [N, K] with ``weights`` [N, K]."""
         held, top_k = self.w_in.shape[0], self.top_k
-        last, own = self.total_experts // held - 1, self.first_expert // held
+        others, own = self.total_experts // held - 1, self.first_expert // held
         chosen, weights = chosen.flatten().view(-1, top_k), weights.flatten().view(-1, top_k)  # a known width
-        numbers = torch.arange(last + 1, device=chosen.device)
-        ranks = torch.where(numbers == last, own, numbers + (numbers >= own).long())  # this one last
+        numbers = torch.arange(others, device=chosen.device)
+        ranks = numbers + (numbers >= own).long()
         visited = (torch.div(chosen, held, rounding_mode="floor")[..., None] == ranks).any(dim=1)
-        order = ExpertOrder.of_some(torch.where(visited, numbers, last + 1), range(last + 1))
-        tokens = torch.div(order.order, last + 1, rounding_mode="floor")
+        order = ExpertOrder.of_some(torch.where(visited, numbers, others), range(others))
+        tokens = torch.div(order.order, others, rounding_mode="floor")
+        rows = count_experts(chosen, self.total_experts).view(-1, held).sum(1)
         tokens_of_ranks = order.offsets.long().diff(prepend=order.offsets.new_zeros(1))
-        by_rank = torch.where(numbers == own, last, numbers - (numbers > own).long())
         counts = [
-            tokens_of_ranks.index_select(0, by_rank),
-            count_experts(chosen, self.total_experts).view(-1, held).sum(1),
-            torch.full_like(numbers, int(active)),
+            torch.zeros_like(rows).index_copy(0, ranks, tokens_of_ranks),
+            rows,
+            torch.full_like(rows, int(active)),
         ]
         return Departure(
-            tokens[: chosen.shape[0] * min(last + 1, top_k)],
-            tokens[: chosen.shape[0] * min(last, top_k)],
+            tokens[: chosen.shape[0] * min(others, top_k)],
             order.inverse,
+            ExpertOrder.of_some(chosen, self.held),
             torch.stack(counts, dim=1),
             torch.cat([weights.view(torch.int32), chosen.int()], dim=1),
         )
@@ -179,99 +226,113 @@ class ExpertParallel(Experts):
         return weights.contiguous().view(dtype), ExpertOrder.of_some(chosen.long(), self.held)
 
 
-class _Send(torch.autograd.Function):
-    """(``x`` [N, D], weights [N, K]) -> (tokens [m, D], their weights [m, K], order of their rows, traffic).
+class Trip:
+    """Messages of one pass and of its backward pass, from their sending until they are waited for."""
 
-    Tokens are laid out while the counts travel, and sorted while they travel themselves.
-    """
+    choices: Message
+    tokens: Message
+    sums: Message
+    grad_sums: Message
+    grads: list[Message | None]
+    """Gradients of tokens and of weights."""
+    needed: tuple[bool, bool]
+    """Whether tokens and weights have gradients."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        self.traffic = traffic
+
+
+class _Send(torch.autograd.Function):
+    """``x`` [N, D], weights [N, K], ``x`` laid out [>= s, D] -> tokens [m, D], still on their way."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weights: torch.Tensor, leaving: Departure, experts: ExpertParallel
-    ) -> tuple[torch.Tensor, torch.Tensor, ExpertOrder, Traffic]:
-        agree = Traffic.start(leaving.counts, experts.group)
-        laid_out = [part[leaving.to_others] for part in (leaving.choices, x)]
-        traffic = agree()
-        choices, read = there(leaving.choices, laid_out[0], leaving.tokens, traffic)
-        x, arrived = there(x, laid_out[1], leaving.tokens, traffic)
-        read.wait()
-        dtype = weights.dtype
-        weights, order = experts.arrive(choices, dtype)
-        arrived.wait()
-        ctx.save_for_backward(leaving.inverse)
-        ctx.traffic = traffic
-        frozen = [t for t, needed in zip((x, weights), ctx.needs_input_grad, strict=False) if not needed]
-        ctx.mark_non_differentiable(*frozen)
-        return x, weights, order.first(traffic.rows), traffic
+        ctx: Any,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        laid_out: torch.Tensor,
+        inverse: torch.Tensor,
+        trip: Trip,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.trip, trip.needed = trip, ctx.needs_input_grad[:2]
+        trip.tokens = there(laid_out, trip.traffic)
+        return trip.tokens.rows
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
-        coming = [
-            back(grad, ctx.traffic) if needed else None
-            for grad, needed in zip(grads[:2], ctx.needs_input_grad, strict=False)
+        copies = len(ctx.trip.traffic.sent) - 1
+        coming = ctx.trip.grads
+        del ctx.trip.grads
+        found = [None if one is None else add_rows(one.arrived(), inverse, copies) for one in coming]
+        return *found, None, None, None
+
+
+class _Arrive(torch.autograd.Function):
+    """Tokens on their way -> (tokens [m, D], their weights [m, K], order of their rows), sorted meanwhile."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, coming: torch.Tensor, dtype: torch.dtype, trip: Trip, experts: ExpertParallel
+    ) -> tuple[torch.Tensor, torch.Tensor, ExpertOrder]:
+        weights, order = experts.arrive(trip.choices.arrived(), dtype)
+        tokens = trip.tokens.arrived()
+        del trip.choices, trip.tokens
+        ctx.trip = trip
+        frozen = [t for t, needed in zip((tokens, weights), trip.needed, strict=True) if not needed]
+        ctx.mark_non_differentiable(*frozen)
+        return tokens, weights, order.first(trip.traffic.coming)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        ctx.trip.grads = [
+            back(grad, ctx.trip.traffic) if needed else None
+            for grad, needed in zip(grads[:2], ctx.trip.needed, strict=True)
         ]
-        found: list[torch.Tensor | None] = [None, None]
-        for number, one in enumerate(coming):
-            if one is not None:
-                one[1].wait()
-                found[number] = add_rows(one[0], inverse, len(ctx.traffic.sent))
-        return found[0], found[1], None, None
+        return grads[0], None, None, None  # of this shape; those that count are on their way
 
 
 class _SendBack(torch.autograd.Function):
-    """Sums of this rank's experts [m, D] -> sums of all experts, for the tokens [N, D] of this rank."""
+    """Sums of this rank's experts for others [m, D] -> the same, on their way."""
 
     @staticmethod
-    def forward(ctx: Any, sums: torch.Tensor, leaving: Departure, traffic: Traffic) -> torch.Tensor:
-        sums, arrived = back(sums, traffic)
-        ctx.save_for_backward(leaving.tokens)
-        ctx.traffic = traffic
-        arrived.wait()
-        return add_rows(sums, leaving.inverse, len(traffic.sent))
+    def forward(ctx: Any, sums: torch.Tensor, trip: Trip) -> torch.Tensor:
+        ctx.trip = trip
+        trip.sums = back(sums, trip.traffic)
+        return sums
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        coming = ctx.trip.grad_sums
+        del ctx.trip.grad_sums
+        return coming.arrived(), None
+
+
+class _Join(torch.autograd.Function):
+    """Sums on their way and those of this rank's own experts [N, D] -> sums of all experts [N, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        sums: torch.Tensor,
+        own: torch.Tensor,
+        tokens: torch.Tensor,
+        inverse: torch.Tensor,
+        trip: Trip,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.trip = trip
+        returned = trip.sums.arrived()
+        del trip.sums
+        return add_rows(returned, inverse, len(trip.traffic.sent) - 1) + own
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         (tokens,) = ctx.saved_tensors
-        traffic: Traffic = ctx.traffic
-        laid_out = grads[0][tokens[: sum(traffic.sent)]]
-        grad, arrived = there(grads[0], laid_out, tokens, traffic)
-        arrived.wait()
-        return grad, None, None
-
-
-def there(
-    x: torch.Tensor, laid_out: torch.Tensor, tokens: torch.Tensor, traffic: Traffic
-) -> tuple[torch.Tensor, dist.Work]:
-    """Send rows of ``x`` [N, ...] to the ranks that ``traffic`` says. Collective.
-
-    Args:
-        laid_out: those for other ranks, rank by rank, and whatever follows; tokens: int64 [>= s], numbers of
-            these, then of those that stay.
-
-    Returns:
-        What this rank's experts get [m, ...], of other ranks by rank, then its own: when the second result
-        has been waited for.
-    """
-    leave, come = sum(traffic.sent), sum(traffic.received)
-    out = x.new_empty(come + traffic.own, *x.shape[1:])
-    work = dist.all_to_all_single(
-        out[:come], laid_out[:leave], traffic.received, traffic.sent, group=traffic.group, async_op=True
-    )
-    torch.index_select(x, 0, tokens[leave : leave + traffic.own], out=out[come:])
-    return out, work
-
-
-def back(rows: torch.Tensor, traffic: Traffic) -> tuple[torch.Tensor, dist.Work]:
-    """The way back of :func:`there`: ``rows`` [m, ...] -> [s, ...]."""
-    leave, come = sum(traffic.sent), sum(traffic.received)
-    rows = rows.contiguous()
-    out = rows.new_empty(leave + traffic.own, *rows.shape[1:])
-    work = dist.all_to_all_single(
-        out[:leave], rows[:come], traffic.sent, traffic.received, group=traffic.group, async_op=True
-    )
-    out[leave:].copy_(rows[come:])
-    return out, work
+        traffic = ctx.trip.traffic
+        ctx.trip.grad_sums = there(grads[0][tokens[: sum(traffic.sent)]], traffic)
+        return ctx.trip.grad_sums.rows, grads[0], None, None, None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from helpers.engines import join_deepspeed
 from helpers.host_waits import waits_of
 from helpers.interpreter import interpreter  # noqa: F401
@@ -73,13 +74,11 @@ def test_what_a_rank_sends(
     leaving = part.depart(chosen, weights, active=True)
     visited = [{expert // (experts // ranks) for expert in one} for one in chosen.tolist()]
     others = [rank for rank in range(ranks) if rank != own]
-    sent = [(token, rank) for rank in (*others, own) for token in range(tokens) if rank in visited[token]]
+    sent = [(token, rank) for rank in others for token in range(tokens) if rank in visited[token]]
     assert leaving.tokens[: len(sent)].tolist() == [token for token, _ in sent]
-    to_others = [token for token, rank in sent if rank != own]
-    assert leaving.to_others[: len(to_others)].tolist() == to_others
     places = {way: place for place, way in enumerate(sent)}
-    assert leaving.inverse.view(-1, ranks).tolist() == [
-        [places.get((token, rank), -1) for rank in (*others, own)] for token in range(tokens)
+    assert leaving.inverse.view(-1, ranks - 1).tolist() == [
+        [places.get((token, rank), -1) for rank in others] for token in range(tokens)
     ]
     assert leaving.counts.tolist() == [
         [sum(way[1] == rank for way in sent), int((chosen // (experts // ranks) == rank).sum()), 1]
@@ -88,9 +87,10 @@ def test_what_a_rank_sends(
     came, order = part.arrive(leaving.choices, torch.float32)
     assert torch.equal(came, weights)
     here = (chosen // (experts // ranks) == own).flatten()
-    assert torch.equal(order.inverse >= 0, here)
-    rows = order.first(int(here.sum()))
-    assert torch.equal(rows.expert_of_row + part.held.start, chosen.flatten()[rows.order])
+    for found in (order, leaving.staying):
+        assert torch.equal(found.inverse >= 0, here)
+        rows = found.first(int(here.sum()))
+        assert torch.equal(rows.expert_of_row + part.held.start, chosen.flatten()[rows.order])
 
 
 @contextmanager
@@ -193,6 +193,65 @@ def test_a_token_goes_once_to_a_rank(tmp_path: Path, lose_all: bool) -> None:
         assert rest == [(way, size if sum(way) else 0) for way, size in zip(ways, sizes, strict=True)]
 
 
+@contextmanager
+def order_of_work() -> Iterator[list[str]]:
+    """Messages that are sent and waited for, and products by their number of rows, as they come."""
+    done: list[str] = []
+    send, multiply = dist.all_to_all_single, F.grouped_mm
+
+    class Noted:
+        def __init__(self, work: dist.Work) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            done.append("wait")
+            self.work.wait()
+
+    def noted_send(*arguments: Any, **options: Any) -> Noted:
+        done.append("send")
+        return Noted(cast(dist.Work, send(*arguments, **options)))
+
+    def noted_product(left: torch.Tensor, right: torch.Tensor, **options: Any) -> torch.Tensor:
+        done.append(f"{left.shape[0] if right.ndim == 3 else left.shape[1]} rows")
+        return multiply(left, right, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", noted_send)
+        patch.setattr(F, "grouped_mm", noted_product)
+        yield done
+
+
+def more_rows_of(rank: int) -> torch.Tensor:
+    return torch.randn(20 + rank, D, generator=torch.Generator().manual_seed(rank))
+
+
+def note_order(folder: Path) -> None:
+    layer, rank = moe(), dist.get_rank()
+    spread(layer)
+    x = more_rows_of(rank).requires_grad_()
+    with order_of_work() as forward:
+        out, _ = layer(x)
+    with order_of_work() as backward:
+        out.sum().backward()
+    torch.save((forward, backward), folder / f"{rank}.pt")
+
+
+def test_own_rows_are_computed_while_messages_travel(tmp_path: Path) -> None:
+    assert run_function(RANKS, note_order, tmp_path) == [0] * RANKS
+    layer = moe()
+    chosen = [layer.router(more_rows_of(rank)).experts // (E // RANKS) for rank in range(RANKS)]
+    for rank in range(RANKS):
+        staying = int((chosen[rank] == rank).sum())
+        coming = sum(int((one == rank).sum()) for one in chosen) - staying
+        assert 0 < staying != coming > 0
+        own, others = f"{staying} rows", f"{coming} rows"
+        forward, backward = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        there = ["send", "wait", "send", "send", own, "wait", "wait"]  # counts; choices and tokens
+        assert forward == [*there, others, others, "send", own, "wait"]
+        there = ["send", own, own, "wait"]
+        assert backward == [*there, *[others] * 4, "send", "send", own, own, "wait", "wait"]
+
+
 def test_a_whole_layer_never_waits() -> None:
     layer = moe()
     x = rows_of(2).requires_grad_()
@@ -281,13 +340,11 @@ def exchange_back_and_forth(folder: Path) -> None:
     assert group is not None
     sent = [[0, 0, 2], [0, 0, 0], [1, 4, 0]][rank]
     received = [[0, 0, 1], [0, 0, 4], [2, 0, 0]][rank]
-    tokens = torch.tensor([[0, 2, 0, 1], [0], [1, 0, 1, 1, 0, 0, 1, 0]][rank])  # the last of all is nobody's
-    traffic = Traffic(group, sent, received, own=[1, 0, 2][rank], rows=0, any_active=True)
+    tokens = torch.tensor([[0, 2, 1], [0], [1, 0, 1, 1, 0, 0]][rank])  # the last is nobody's
+    traffic = Traffic(group, sent, received, staying=0, coming=0, any_active=True)
     x = (torch.arange(6.0) + 100 * rank).view(-1, 2)
-    came, arrived = there(x, x[tokens], tokens, traffic)
-    arrived.wait()
-    returned, arrived = back(came * (rank + 1), traffic)
-    arrived.wait()
+    came = there(x[tokens], traffic).arrived()
+    returned = back(came * (rank + 1), traffic).arrived()
     torch.save({"there": came, "back": returned}, folder / f"{rank}.pt")
 
 
@@ -295,13 +352,13 @@ def test_rows_come_back_to_where_they_were(tmp_path: Path) -> None:
     assert run_function(RANKS, exchange_back_and_forth, tmp_path) == [0] * RANKS
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
     first, second = [200, 201], [202, 203]  # rows of the last rank
-    assert found[0]["there"].tolist() == [second, [0, 1]]
+    assert found[0]["there"].tolist() == [second]
     assert found[1]["there"].tolist() == [first, second, second, first]
-    assert found[2]["there"].tolist() == [[0, 1], [4, 5], first, second]
-    assert found[0]["back"].tolist() == [[0, 3], [12, 15], [0, 1]]
+    assert found[2]["there"].tolist() == [[0, 1], [4, 5]]
+    assert found[0]["back"].tolist() == [[0, 3], [12, 15]]
     assert found[1]["back"].shape == (0, 2)
-    expected = torch.tensor([second, first, second, second, first, first, second])
-    assert torch.equal(found[2]["back"], expected * torch.tensor([1, 2, 2, 2, 2, 3, 3])[:, None])
+    expected = torch.tensor([second, first, second, second, first])
+    assert torch.equal(found[2]["back"], expected * torch.tensor([1, 2, 2, 2, 2])[:, None])
 
 
 def draw(folder: Path) -> None:
@@ -327,5 +384,5 @@ def test_initial_experts_are_those_of_a_whole_layer(tmp_path: Path) -> None:
 def test_order_of_no_rows() -> None:
     order = ExpertOrder.of(torch.empty(0, dtype=torch.int64), 3)
     experts = Experts(3, D, HIDDEN, gated=True, activation="silu", biased=True)
-    assert experts.products(torch.empty(0, D), order).shape == (0, D)
+    assert experts.enter(torch.empty(0, D), order, K).shape == (0, HIDDEN)
     assert experts(torch.empty(0, D), order, torch.empty(0, K)).shape == (0, D)
