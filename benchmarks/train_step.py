@@ -151,6 +151,11 @@ def describe(found: dict[str, Any]) -> str:
     )
 
 
+def trace_file(given: Path | None, world: World) -> Path | None:
+    """Where a rank writes what it ran: ``given``, or beside it."""
+    return given if given is None or world.is_main else given.with_stem(f"{given.stem}.rank{world.rank}")
+
+
 def measure_stage(
     config: RunConfig, index: int, world: World, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
@@ -168,7 +173,7 @@ def measure_stage(
             deepspeed=deepspeed,
             split=True,
             profile=arguments.profile,
-            trace=arguments.trace if deepspeed and world.is_main else None,
+            trace=trace_file(arguments.trace, world) if deepspeed else None,
         )
         utilisation = model_flops_utilisation(result, config, world)
         records.append(record(result, utilisation, figures))
@@ -202,7 +207,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--trace",
         type=Path,
         metavar="FILE",
-        help="with --profile and one stage: write what rank 0 ran, by time",
+        help="with --profile and one stage: write what rank 0 ran, by time; rank N writes STEM.rankN.SUFFIX",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
     add_overrides(parser, "batch.pack_tokens=8192")

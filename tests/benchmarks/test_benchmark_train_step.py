@@ -85,13 +85,16 @@ def test_in_bf16_on_two_ranks_both_engines_agree(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     settings = ("--set", "precision=bf16", "--without-deepspeed", "--stage", "0", "--steps", "6")
-    program = [str(REPOSITORY / "benchmarks" / "train_step.py"), *SMALL, *settings, "--json", str(file)]
+    written = ("--json", str(file), "--profile", "--trace", str(tmp_path / "ran.trace"))
+    program = [str(REPOSITORY / "benchmarks" / "train_step.py"), *SMALL, *settings, *written]
     shell([*launcher, "--master_port", str(free_port()), *program], tmp_path, 240).check()
     found = json.loads(file.read_text())
     with_it, without = found["results"]
     assert (found["ranks"], found["precision"]) == (2, "bf16")
     assert with_it["losses"] == pytest.approx(without["losses"], rel=1e-3)
     assert without["losses"][-1] < without["losses"][0]
+    ranks = [json.loads((tmp_path / name).read_text()) for name in ("ran.trace", "ran.rank1.trace")]
+    assert [trace["distributedInfo"]["rank"] for trace in ranks] == [0, 1]
 
 
 def test_lengths_are_drawn_from_a_file(tmp_path: Path) -> None:
