@@ -75,14 +75,27 @@ class Layer(nn.Module):
         memory_layout: AttentionLayout | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, RouterSums | None]:
+        x, normed = self.attend(x, layout, rotation, memory, memory_layout, cache)
+        if isinstance(self.feed_forward, FeedForward):
+            return x + self.feed_forward(normed), None
+        out, sums = self.feed_forward(normed)
+        return x + out, sums
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        layout: AttentionLayout,
+        rotation: Rotation | None,
+        memory: torch.Tensor | KeysValues | None,
+        memory_layout: AttentionLayout | None,
+        cache: LayerCache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All but the feed-forward: the residual stream [N, D], and what the feed-forward gets of it."""
         x, normed = self.attention_norm(x)
         x = x + self.attention(normed, layout, rotation, cache)
         if self.cross_attention is not None and self.cross_norm is not None and memory is not None:
             rows = memory if isinstance(memory, KeysValues) else self.read(memory)
             x, normed = self.cross_norm(x)
             x = x + self.cross_attention(normed, rows, memory_layout, rotation)
-        x, normed = self.feed_forward_norm(x)
-        if isinstance(self.feed_forward, FeedForward):
-            return x + self.feed_forward(normed), None
-        out, sums = self.feed_forward(normed)
-        return x + out, sums
+        found: tuple[torch.Tensor, torch.Tensor] = self.feed_forward_norm(x)
+        return found

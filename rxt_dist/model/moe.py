@@ -339,20 +339,39 @@ class MoE(nn.Module):
         return {"output_bias": Constant(0.0)}
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RouterSums]:
+        routing = self.route(x)
+        shared, losses = self.beside(x, routing)
+        return self.join(self.run_experts(x, routing), shared), losses
+
+    def route(self, x: torch.Tensor) -> Routing:
+        """Where the tokens ``x`` [N, D] go."""
         routing: Routing = self.router(x)
         if self.loads is not None:
             self.loads += self.loads_of(routing)
-        out = self.run_experts(x, routing)
-        if self.output_bias is not None:
-            out = out + self.output_bias
+        return routing
+
+    def beside(self, x: torch.Tensor, routing: Routing) -> tuple[torch.Tensor | None, RouterSums]:
+        """All but the routed experts: what shared ones make of ``x`` [N, D], and the losses of the router."""
+        shared: torch.Tensor | None = None
         deviation: torch.Tensor | None = None
         if isinstance(self.shared, FeedForward):
-            out = self._join(out, self.shared(x))
+            shared = self.shared(x)
         elif self.shared is not None:
             shared, deviation = self.shared(x)
-            out = self._join(out, shared)
         z = z_loss(routing.logits) if self.config.z_loss_weight > 0 else None
-        return out, RouterSums(self._balance(routing, deviation), z)
+        return shared, RouterSums(self._balance(routing, deviation), z)
+
+    def join(self, routed: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:
+        """The output, of what routed and shared experts make of the tokens, both [N, D]."""
+        if self.output_bias is not None:
+            routed = routed + self.output_bias
+        if shared is None:
+            return routed
+        if not self.config.weighted_shared_experts:
+            return routed + shared
+        routed_count, shared_count = self.config.top_k, self.config.num_shared_experts
+        total = routed_count + shared_count
+        return routed * (routed_count / total) + shared * (shared_count / total)
 
     def _balance(self, routing: Routing, deviation: torch.Tensor | None) -> torch.Tensor | None:
         """Sum over tokens of the balance value; ``deviation`` [N] of the shared experts' gate."""
@@ -374,11 +393,12 @@ class MoE(nn.Module):
 
     def run_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Send ``x`` [N, D] through the chosen experts and sum their weighted outputs, [N, D]."""
-        return self.experts.visit(x, routing.experts, routing.weights)
+        return self.collect(self.experts.visit(*self.deal(x, routing)), x.shape[0])
 
-    def _join(self, routed: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-        if not self.config.weighted_shared_experts:
-            return routed + shared
-        routed_count, shared_count = self.config.top_k, self.config.num_shared_experts
-        total = routed_count + shared_count
-        return routed * (routed_count / total) + shared * (shared_count / total)
+    def deal(self, x: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Those of the tokens ``x`` [N, D] that this process sends through experts, and their experts."""
+        return x, routing.experts, routing.weights
+
+    def collect(self, out: torch.Tensor, count: int) -> torch.Tensor:
+        """The rows of all N = ``count`` tokens, from those of the tokens that :meth:`deal` gave."""
+        return out

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._compile import _disable_dynamo
 
-from rxt_dist.kernels.compilation import compiled, compiled_kernel
+from rxt_dist.kernels.compilation import compiled_kernel
 from rxt_dist.kernels.permute import add_rows
 from rxt_dist.model.balance import count_experts
 from rxt_dist.model.canonical import Cut
@@ -154,22 +154,26 @@ class ExpertParallel(Experts):
             for name, parameter in self.named_parameters()
         }
 
-    # Sizes are news in every pass: compiled are the parts between messages, as regions of their own.
-    @_disable_dynamo
     def visit(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return self._visit(x, chosen, weights, active=True)[0]
+        return self.travel(x, weights, self.depart(chosen, weights.detach(), active=True))
 
     def serve(self) -> bool:
         """Compute for the others in one call of theirs; whether any of them had a pass of its own."""
         x = self.w_in.new_empty(0, self.w_in.shape[2])
         weights = x.new_empty(0, self.top_k, dtype=torch.promote_types(x.dtype, torch.float32))
-        return self._visit(x, torch.empty_like(weights, dtype=torch.int64), weights, active=False)[1]
+        chosen = torch.empty_like(weights, dtype=torch.int64)
+        return self._travel(x, weights, self.depart(chosen, weights, active=False))[1]
 
-    def _visit(
-        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, *, active: bool
+    # What is left to compile would be small regions, of which each costs the host more than its operations.
+    @_disable_dynamo
+    def travel(self, x: torch.Tensor, weights: torch.Tensor, leaving: Departure) -> torch.Tensor:
+        """What :meth:`visit` returns for ``x`` [N, D] and ``weights`` [N, K] of which :meth:`depart` told."""
+        return self._travel(x, weights, leaving)[0]
+
+    def _travel(
+        self, x: torch.Tensor, weights: torch.Tensor, leaving: Departure
     ) -> tuple[torch.Tensor, bool]:
-        """What :meth:`visit` returns, and whether a rank of the group has called it."""
-        leaving = self.depart(chosen, weights.detach(), active=active)
+        """What :meth:`travel` returns, and whether a rank of the group has called it."""
         agree = Traffic.start(leaving.counts, self.group)
         laid_out = [part[leaving.tokens] for part in (leaving.choices, x.detach())]
         trip = Trip(agree())
@@ -178,20 +182,11 @@ class ExpertParallel(Experts):
         own = leaving.staying.first(trip.traffic.staying)
         hidden = self.enter(x, own, self.top_k)
         others, others_weights, order = _Arrive.apply(coming, weights.dtype, trip, self)  # type: ignore[no-untyped-call]
-        sums = self.leave(self.enter(others, order, self.top_k), order, others_weights)
-        sums = _SendBack.apply(sums, trip)  # type: ignore[no-untyped-call]
+        sums = _SendBack.apply(self(others, order, others_weights), trip)  # type: ignore[no-untyped-call]
         out: torch.Tensor = _Join.apply(  # type: ignore[no-untyped-call]
             sums, self.leave(hidden, own, weights), leaving.tokens, leaving.inverse, trip
         )
         return out, trip.traffic.any_active
-
-    @compiled
-    def enter(self, x: torch.Tensor, order: ExpertOrder, copies: int) -> torch.Tensor:
-        return super().enter(x, order, copies)
-
-    @compiled
-    def leave(self, hidden: torch.Tensor, order: ExpertOrder, weights: torch.Tensor) -> torch.Tensor:
-        return super().leave(hidden, order, weights)
 
     @compiled_kernel
     def depart(self, chosen: torch.Tensor, weights: torch.Tensor, *, active: bool) -> Departure:

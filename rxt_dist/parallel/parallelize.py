@@ -20,6 +20,7 @@ from rxt_dist.parallel.experts import ExpertParallel
 from rxt_dist.parallel.groups import MeshGroups, open_groups
 from rxt_dist.parallel.mesh import Mesh
 from rxt_dist.parallel.regions import summed
+from rxt_dist.parallel.spread_layer import SpreadLayer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,6 +61,10 @@ def parallelize(model: RxTModel, mesh: Mesh, rank: int) -> None:
         for part in list(model.modules()):
             if isinstance(part, MoE):
                 part.experts = ExpertParallel(part.experts, part.config.top_k, mesh, rank, group)
+        for layers in [part for part in model.modules() if isinstance(part, nn.ModuleList)]:
+            for number, layer in enumerate(layers):
+                if isinstance(layer, Layer) and isinstance(layer.feed_forward, MoE):
+                    layers[number] = SpreadLayer(layer)
     elif mesh.tensor_size > 1 and any(isinstance(part, MoE) for part in model.modules()):
         _expert_group(mesh, rank)  # of one rank each: their copies on all ranks sum gradients
     model.placement = Placement(mesh, rank, groups)  # type: ignore[assignment]

@@ -23,7 +23,8 @@ from rxt_dist.model.memory import Memory
 from rxt_dist.model.memory_attention import MemoryAttention
 from rxt_dist.model.moe import MoE
 from rxt_dist.parallel.regions import join_slices, leave_parts, take_slice
-from rxt_dist.parallel.tensor_layers import TensorRank, take_over
+from rxt_dist.parallel.stand_in import take_over
+from rxt_dist.parallel.tensor_layers import TensorRank
 
 _NORMS = ("attention_norm", "cross_norm", "stm_norm", "feed_forward_norm", "head_norm")
 

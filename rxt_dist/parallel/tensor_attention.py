@@ -18,6 +18,7 @@ from rxt_dist.config.base import divisors
 from rxt_dist.model.attention import CrossAttention, SelfAttention, TokenAttention
 from rxt_dist.model.memory_attention import StackedAttention
 from rxt_dist.parallel.regions import enter_parts
+from rxt_dist.parallel.stand_in import take_over
 from rxt_dist.parallel.tensor_layers import (
     ColumnLinear,
     JoinedLinear,
@@ -27,7 +28,6 @@ from rxt_dist.parallel.tensor_layers import (
     StackedRow,
     StackedSharedHeads,
     TensorRank,
-    take_over,
 )
 
 

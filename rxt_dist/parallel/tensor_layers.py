@@ -94,12 +94,6 @@ class TensorRank(NamedTuple):
         return range(self.rank * count, (self.rank + 1) * count)
 
 
-def take_over(part: nn.Module, whole: nn.Module) -> None:
-    """Give ``part`` all that ``whole`` has, before what differs is replaced."""
-    vars(part).update(vars(whole))
-    part._parameters, part._modules = dict(whole._parameters), dict(whole._modules)
-
-
 def _megatron_config(tensor: TensorRank) -> ModelParallelConfig:
     return ModelParallelConfig(
         tensor_model_parallel_size=tensor.size,

@@ -10,8 +10,6 @@ experts, K experts a token visits, f hidden channels held here of each shared ex
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 
@@ -21,7 +19,8 @@ from rxt_dist.model.feedforward import FeedForward
 from rxt_dist.model.initialisation import Distribution
 from rxt_dist.model.moe import MoE, Routing, SharedExperts, expert_distributions
 from rxt_dist.parallel.regions import join_slices, slice_of, summed, take_slice
-from rxt_dist.parallel.tensor_layers import ColumnLinear, RowLinear, TensorRank, take_over
+from rxt_dist.parallel.stand_in import take_over
+from rxt_dist.parallel.tensor_layers import ColumnLinear, RowLinear, TensorRank
 
 
 def split_feed_forward(layer: FeedForward, tensor: TensorRank) -> None:
@@ -56,13 +55,15 @@ class SlicedMoE(MoE):
         own = super().loads_of(routing)
         return own if self._tensor.sliced is None else summed(own, self._tensor.ranks)
 
-    def run_experts(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def deal(self, x: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self._tensor.sliced is not None:
-            return super().run_experts(x, routing)
+            return super().deal(x, routing)
         group = self._tensor.ranks
         own = slice_of(x.shape[0], group)
-        part = replace(routing, weights=take_slice(routing.weights, group), experts=routing.experts[own])
-        return join_slices(super().run_experts(take_slice(x, group), part), x.shape[0], group)
+        return take_slice(x, group), routing.experts[own], take_slice(routing.weights, group)
+
+    def collect(self, out: torch.Tensor, count: int) -> torch.Tensor:
+        return out if self._tensor.sliced is not None else join_slices(out, count, self._tensor.ranks)
 
 
 class TensorSharedExperts(SharedExperts):

@@ -1,0 +1,77 @@
+"""A layer whose experts are spread over ranks, compiled in two regions with the messages between them.
+
+Shape legend: N tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from rxt_dist.kernels.attention import AttentionLayout
+from rxt_dist.kernels.compilation import compiled
+from rxt_dist.model.balance import RouterSums
+from rxt_dist.model.cache import KeysValues, LayerCache
+from rxt_dist.model.layer import Layer
+from rxt_dist.model.moe import MoE
+from rxt_dist.model.rope import Rotation
+from rxt_dist.parallel.experts import Departure, ExpertParallel
+from rxt_dist.parallel.stand_in import take_over
+
+
+class SpreadLayer(Layer):
+    """``whole``, whose feed-forward has spread experts; stands where it stood.
+
+    Messages cannot be compiled. Were they in the middle of a region, each of the functions that lead to them
+    would become regions of its own, and the host, which enters a region in the time of many operations, the
+    limit of a step.
+    """
+
+    def __init__(self, whole: Layer) -> None:
+        nn.Module.__init__(self)
+        take_over(self, whole)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        layout: AttentionLayout,
+        rotation: Rotation | None,
+        memory: torch.Tensor | KeysValues | None = None,
+        memory_layout: AttentionLayout | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[torch.Tensor, RouterSums | None]:
+        moe = cast(MoE, self.feed_forward)
+        experts = cast(ExpertParallel, moe.experts)
+        x, shared, losses, visitors, weights, leaving = self._before(
+            x, layout, rotation, memory, memory_layout, cache
+        )
+        routed = experts.travel(visitors, weights, leaving)
+        if type(moe) is MoE and shared is None and moe.output_bias is None:
+            return x + routed, losses  # no region for one operation
+        return self._after(x, routed, shared), losses
+
+    @compiled
+    def _before(
+        self,
+        x: torch.Tensor,
+        layout: AttentionLayout,
+        rotation: Rotation | None,
+        memory: torch.Tensor | KeysValues | None,
+        memory_layout: AttentionLayout | None,
+        cache: LayerCache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, RouterSums, torch.Tensor, torch.Tensor, Departure]:
+        """The residual stream [N, D], what shared experts make of it, losses, and what travels."""
+        moe = cast(MoE, self.feed_forward)
+        x, normed = self.attend(x, layout, rotation, memory, memory_layout, cache)
+        routing = moe.route(normed)
+        shared, losses = moe.beside(normed, routing)
+        visitors, chosen, weights = moe.deal(normed, routing)
+        leaving = cast(ExpertParallel, moe.experts).depart(chosen, weights.detach(), active=True)
+        return x, shared, losses, visitors, weights, leaving
+
+    @compiled
+    def _after(self, x: torch.Tensor, routed: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:
+        moe = cast(MoE, self.feed_forward)
+        return x + moe.join(moe.collect(routed, x.shape[0]), shared)
