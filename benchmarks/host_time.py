@@ -3,11 +3,12 @@
     python benchmarks/host_time.py
     python benchmarks/host_time.py --stage 3 --without-deepspeed
     python benchmarks/host_time.py --config micro --set zero.stage=2
+    deepspeed --num_gpus 2 benchmarks/host_time.py --stage 0 --set parallel.expert_size=2
 
-A step trains on one sequence of 64 tokens. On a CPU the layers are as narrow as possible, and attention is
-an operator that is called as flash-attn's are and computes nothing: times are for ratios on one machine, and
-a GPU's launches come on top of them. On a GPU they are part of them: no step of the same layers is faster,
-however fast the kernels are.
+A step trains on one sequence of 64 tokens a rank. On a CPU the layers are as narrow as possible, and
+attention is an operator that is called as flash-attn's are and computes nothing: times are for ratios on one
+machine, and a GPU's launches come on top of them. On a GPU they are part of them: no step of the same layers
+is faster, however fast the kernels are. Shown is rank 0; with several ranks it also waits for the others.
 
 "longest" is the longest of all measured steps, the rest as in benchmarks/train_step.py.
 """
@@ -30,7 +31,9 @@ from benchmarks.plain_engine import check_plain
 from benchmarks.stepping import PHASES, Result, measure, process_group
 from benchmarks.workload import datasets, read_config
 from rxt_dist.arguments import add_overrides
+from rxt_dist.config import RunConfig
 from rxt_dist.errors import exit_with_message
+from rxt_dist.parallel.bootstrap import World, world_from_environment
 
 TOKENS = 64
 SHORT = (
@@ -38,9 +41,7 @@ SHORT = (
     "runtime.compile=true",
     f"model.seq_len={TOKENS}",
     f"model.stm_size={TOKENS}",
-    "batch.packs=1",
     f"batch.pack_tokens={TOKENS}",
-    "batch.lanes=1",
 )
 NARROW = (
     "model.embed_dim=32",
@@ -51,6 +52,16 @@ NARROW = (
     "model.decoder.moe.top_k=1",
 )
 """Rows of 16 bytes or more, as grouped products need them; few experts, as a CPU loops over them."""
+
+
+def header(config: RunConfig, world: World, attention: str, arguments: argparse.Namespace) -> str:
+    """What is measured, and the names of the columns."""
+    return (
+        f"{device_name(world.device)}; ranks: {world.size}; torch {torch.__version__}; {config.model.name}, "
+        f"attention {attention}, ZeRO {config.zero.stage}; milliseconds, medians of {arguments.steps} steps "
+        f"after {arguments.warmup} of warm-up\n\n"
+        f"{'stage':<20}" + "".join(f"{name:>10}" for name in ("step", "longest", *PHASES))
+    )
 
 
 def line(result: Result) -> str:
@@ -70,6 +81,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=10, help="steps before them (%(default)s)")
     parser.add_argument("--without-deepspeed", action="store_true", help="the same with PyTorch alone too")
     add_overrides(parser, "batch.micro_packs=1")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.steps < 1 or arguments.warmup < 0:
         parser.error("--steps must be 1 or more, --warmup 0 or more")
@@ -78,8 +90,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    on_gpu = torch.cuda.is_available()
-    overrides = [*SHORT, *(() if on_gpu else NARROW), *arguments.overrides]
+    on_gpu, ranks = torch.cuda.is_available(), world_from_environment().size
+    batch = (f"batch.packs={ranks}", f"batch.lanes={ranks}")
+    overrides = [*SHORT, *batch, *(() if on_gpu else NARROW), *arguments.overrides]
     config, stages = read_config(arguments.config, overrides, arguments.stage)
     if arguments.without_deepspeed:
         check_plain(config)
@@ -88,12 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
         kernels = nullcontext() if on_gpu else flash_stand_in(hollow_forward, hollow_backward)
         steps = 2 * (arguments.steps + arguments.warmup)
         with kernels, datasets(config, stages, world, steps, arguments) as prepared:
-            print(
-                f"{device_name(world.device)}; torch {torch.__version__}; {config.model.name}, attention "
-                f"{backend if on_gpu else 'hollow'}, ZeRO {config.zero.stage}; milliseconds, medians of "
-                f"{arguments.steps} steps after {arguments.warmup} of warm-up\n"
-            )
-            print(f"{'stage':<20}" + "".join(f"{name:>10}" for name in ("step", "longest", *PHASES)))
+            if world.is_main:
+                print(header(config, world, backend if on_gpu else "hollow", arguments), flush=True)
             for index in stages:
                 for deepspeed in engines:
                     result = measure(
@@ -105,7 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
                         deepspeed=deepspeed,
                         split=True,
                     )
-                    print(line(result), flush=True)
+                    if world.is_main:
+                        print(line(result), flush=True)
     return 0
 
 

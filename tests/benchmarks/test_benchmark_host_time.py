@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
-from helpers.launch import python
+from helpers.launch import free_port, python, shell
 
 from benchmarks.host_time import parse_arguments
 from benchmarks.stepping import PHASES
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = ["joint_lm", "interaction_sft", "memory_attention", "smat"]
 
 
@@ -32,6 +34,18 @@ def test_every_stage_and_both_engines() -> None:
         assert 0 < step <= longest
         assert len(phases) == len(PHASES)
         assert all(seconds > 0 for seconds in phases[1:4])
+
+
+@pytest.mark.slow
+def test_ranks_share_experts(tmp_path: Path) -> None:
+    launcher = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+    program = [str(REPOSITORY / "benchmarks" / "host_time.py"), "--config", "tiny", "--stage", "0"]
+    settings = ["--set", "runtime.compile=false", "--set", "parallel.expert_size=2"]
+    short = ["--steps", "2", "--warmup", "1"]
+    result = shell([*launcher, *program, *short, *settings], tmp_path, 240)
+    result.check()
+    assert "ranks: 2;" in result.output
+    assert result.output.count("\njoint_lm ") == 1
 
 
 def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
