@@ -86,9 +86,9 @@ class Layer(nn.Module):
         x: torch.Tensor,
         layout: AttentionLayout,
         rotation: Rotation | None,
-        memory: torch.Tensor | KeysValues | None,
-        memory_layout: AttentionLayout | None,
-        cache: LayerCache | None,
+        memory: torch.Tensor | KeysValues | None = None,
+        memory_layout: AttentionLayout | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All but the feed-forward: the residual stream [N, D], and what the feed-forward gets of it."""
         x, normed = self.attention_norm(x)

@@ -5,24 +5,21 @@ Shape legend: N tokens, D embedding width.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from rxt_dist.kernels.attention import AttentionLayout
 from rxt_dist.kernels.compilation import compiled
 from rxt_dist.model.balance import RouterSums
-from rxt_dist.model.cache import KeysValues, LayerCache
 from rxt_dist.model.layer import Layer
 from rxt_dist.model.moe import MoE
-from rxt_dist.model.rope import Rotation
 from rxt_dist.parallel.experts import Departure, ExpertParallel
 from rxt_dist.parallel.stand_in import take_over
 
 
 class SpreadLayer(Layer):
-    """``whole``, whose feed-forward has spread experts; stands where it stood.
+    """``whole``, whose feed-forward has spread experts; stands where it stood, and is called alike.
 
     Messages cannot be compiled. Were they in the middle of a region, each of the functions that lead to them
     would become regions of its own, and the host, which enters a region in the time of many operations, the
@@ -33,20 +30,10 @@ class SpreadLayer(Layer):
         nn.Module.__init__(self)
         take_over(self, whole)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        layout: AttentionLayout,
-        rotation: Rotation | None,
-        memory: torch.Tensor | KeysValues | None = None,
-        memory_layout: AttentionLayout | None = None,
-        cache: LayerCache | None = None,
-    ) -> tuple[torch.Tensor, RouterSums | None]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, RouterSums | None]:
         moe = cast(MoE, self.feed_forward)
         experts = cast(ExpertParallel, moe.experts)
-        x, shared, losses, visitors, weights, leaving = self._before(
-            x, layout, rotation, memory, memory_layout, cache
-        )
+        x, shared, losses, visitors, weights, leaving = self._before(*args, **kwargs)
         routed = experts.travel(visitors, weights, leaving)
         if type(moe) is MoE and shared is None and moe.output_bias is None:
             return x + routed, losses  # no region for one operation
@@ -54,17 +41,11 @@ class SpreadLayer(Layer):
 
     @compiled
     def _before(
-        self,
-        x: torch.Tensor,
-        layout: AttentionLayout,
-        rotation: Rotation | None,
-        memory: torch.Tensor | KeysValues | None,
-        memory_layout: AttentionLayout | None,
-        cache: LayerCache | None,
+        self, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None, RouterSums, torch.Tensor, torch.Tensor, Departure]:
         """The residual stream [N, D], what shared experts make of it, losses, and what travels."""
         moe = cast(MoE, self.feed_forward)
-        x, normed = self.attend(x, layout, rotation, memory, memory_layout, cache)
+        x, normed = self.attend(*args, **kwargs)
         routing = moe.route(normed)
         shared, losses = moe.beside(normed, routing)
         visitors, chosen, weights = moe.deal(normed, routing)
