@@ -167,6 +167,43 @@ def test_spread_experts_are_the_whole_layer(tmp_path: Path, lose_all: bool) -> N
     assert (idle[1] == 0) == lose_all
 
 
+def train_some(folder: Path) -> None:
+    """Gradients of the router and of experts where tokens, weights or both have none."""
+    found = []
+    for tokens, router in ((False, True), (True, False), (False, False)):
+        layer, rank = moe(), dist.get_rank()
+        experts = spread(layer)
+        layer.router.requires_grad_(router)
+        x = rows_of(rank).requires_grad_(tokens)
+        out = layer.run_experts(x, layer.router(x.detach()))
+        (out * torch.arange(D)).sum().backward()
+        found.append((x.grad, layer.router.proj.weight.grad, experts.w_in.grad))
+    torch.save(found, folder / f"{dist.get_rank()}.pt")
+
+
+def test_what_has_no_gradient_sends_none(tmp_path: Path) -> None:
+    assert run_function(RANKS, train_some, tmp_path) == [0] * RANKS
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    layer = moe()
+    inputs = [rows_of(rank).requires_grad_() for rank in range(RANKS)]
+    out = layer.run_experts(torch.cat(inputs), layer.router(torch.cat(inputs).detach()))
+    (out * torch.arange(D)).sum().backward()
+    wanted = layer.router.proj.weight.grad, layer.experts.w_in.grad
+    assert wanted[0] is not None
+    assert wanted[1] is not None
+    for case, (tokens, router) in enumerate(((False, True), (True, False), (False, False))):
+        of_ranks = [one[case] for one in found]
+        for rank, (of_tokens, of_router, of_experts) in enumerate(of_ranks):
+            assert (of_tokens is None, of_router is None) == (not tokens, not router)
+            if tokens:
+                torch.testing.assert_close(of_tokens, inputs[rank].grad)
+            held = slice(rank * E // RANKS, (rank + 1) * E // RANKS)
+            torch.testing.assert_close(of_experts, wanted[1][held], rtol=1e-5, atol=1e-5)
+        if router:
+            total = sum(one[1] for one in of_ranks)
+            torch.testing.assert_close(total, wanted[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("lose_all", [False, True])
 def test_a_token_goes_once_to_a_rank(tmp_path: Path, lose_all: bool) -> None:
     """Whether one or both of its experts are there; back and forth, and its gradients."""
