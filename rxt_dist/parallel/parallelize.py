@@ -58,12 +58,11 @@ def parallelize(model: RxTModel, mesh: Mesh, rank: int) -> None:
     set_data_group(None if groups is None else groups.data)
     if mesh.expert_size > 1:
         group = _expert_group(mesh, rank)
-        for part in list(model.modules()):
-            if isinstance(part, MoE):
-                part.experts = ExpertParallel(part.experts, part.config.top_k, mesh, rank, group)
         for layers in [part for part in model.modules() if isinstance(part, nn.ModuleList)]:
             for number, layer in enumerate(layers):
                 if isinstance(layer, Layer) and isinstance(layer.feed_forward, MoE):
+                    moe = layer.feed_forward
+                    moe.experts = ExpertParallel(moe.experts, moe.config.top_k, mesh, rank, group)
                     layers[number] = SpreadLayer(layer)
     elif mesh.tensor_size > 1 and any(isinstance(part, MoE) for part in model.modules()):
         _expert_group(mesh, rank)  # of one rank each: their copies on all ranks sum gradients

@@ -32,10 +32,10 @@ class SpreadLayer(Layer):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, RouterSums | None]:
         moe = cast(MoE, self.feed_forward)
-        experts = cast(ExpertParallel, moe.experts)
         x, shared, losses, visitors, weights, leaving = self._before(*args, **kwargs)
-        routed = experts.travel(visitors, weights, leaving)
-        if type(moe) is MoE and shared is None and moe.output_bias is None:
+        routed = cast(ExpertParallel, moe.experts).travel(visitors, weights, leaving)
+        routed = moe.collect(routed, x.shape[0])
+        if shared is None and moe.output_bias is None:
             return x + routed, losses  # no region for one operation
         return self._after(x, routed, shared), losses
 
@@ -54,5 +54,4 @@ class SpreadLayer(Layer):
 
     @compiled
     def _after(self, x: torch.Tensor, routed: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:
-        moe = cast(MoE, self.feed_forward)
-        return x + moe.join(moe.collect(routed, x.shape[0]), shared)
+        return x + cast(MoE, self.feed_forward).join(routed, shared)

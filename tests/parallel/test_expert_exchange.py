@@ -15,6 +15,7 @@ from helpers.engines import join_deepspeed
 from helpers.host_waits import waits_of
 from helpers.interpreter import interpreter  # noqa: F401
 from helpers.launch import run_function
+from helpers.spread_experts import spread_experts
 from torch import nn
 
 from rxt_dist.config import MoEConfig
@@ -36,18 +37,6 @@ def moe() -> MoE:
 def rows_of(rank: int) -> torch.Tensor:
     """Positive numbers; rank 1 has no row at all."""
     return torch.rand(0 if rank == 1 else 5 + rank, D, generator=torch.Generator().manual_seed(rank))
-
-
-def spread(layer: MoE) -> ExpertParallel:
-    rank = dist.get_rank()
-    group = dist.new_group(list(range(RANKS)))
-    experts = ExpertParallel(layer.experts, K, Mesh(RANKS, expert_size=RANKS), rank, group)
-    with torch.no_grad():
-        held = slice(experts.first_expert, experts.first_expert + E // RANKS)
-        for name, parameter in experts.named_parameters():
-            parameter.copy_(layer.experts.get_parameter(name)[held])
-    layer.experts = experts
-    return experts
 
 
 @pytest.mark.parametrize("kernels", [False, True])
@@ -115,7 +104,7 @@ def train_once(folder: Path, lose_all: bool) -> None:
     layer, rank = moe(), dist.get_rank()
     if lose_all:
         _send_to_first(layer)
-    experts = spread(layer)
+    experts = spread_experts(layer)
     x = rows_of(rank).requires_grad_()
     out: list[torch.Tensor] = []
     with messages() as sent:
@@ -172,7 +161,7 @@ def train_some(folder: Path) -> None:
     found = []
     for tokens, router in ((False, True), (True, False), (False, False)):
         layer, rank = moe(), dist.get_rank()
-        experts = spread(layer)
+        experts = spread_experts(layer)
         layer.router.requires_grad_(router)
         x = rows_of(rank).requires_grad_(tokens)
         out = layer.run_experts(x, layer.router(x.detach()))
@@ -264,7 +253,7 @@ def more_rows_of(rank: int) -> torch.Tensor:
 
 def note_order(folder: Path) -> None:
     layer, rank = moe(), dist.get_rank()
-    spread(layer)
+    spread_experts(layer)
     x = more_rows_of(rank).requires_grad_()
     with order_of_work() as forward:
         out, _ = layer(x)
@@ -316,7 +305,7 @@ def evaluate_unevenly(folder: Path) -> None:
     rank = dist.get_rank()
     model = Twice()
     for layer in model.layers:
-        spread(layer)
+        spread_experts(layer)
     found = []
     for _ in range(2):  # once more: nothing may be left over from the first time
         with torch.no_grad(), uneven_passes(model):
@@ -342,7 +331,7 @@ def compile_parts(folder: Path) -> None:
     """Result and gradients of passes of different lengths, without a compiler and with it."""
     layer = MoE(MoEConfig(num_experts=E, top_k=K), D, 2 * D, gated=True, activation="silu")
     initialise(layer, 1)
-    experts = spread(layer)
+    experts = spread_experts(layer)
     layer.bfloat16()
     run = compiled(lambda x: layer(2 * x)[0])
     found = []
@@ -401,7 +390,7 @@ def test_rows_come_back_to_where_they_were(tmp_path: Path) -> None:
 def draw(folder: Path) -> None:
     join_deepspeed()
     layer = moe()
-    experts = spread(layer)
+    experts = spread_experts(layer)
     initialise(layer, 9)
     torch.save((experts.first_expert, dict(experts.named_parameters())), folder / f"{dist.get_rank()}.pt")
 

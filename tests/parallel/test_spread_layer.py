@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.launch import run_function
+from helpers.spread_experts import spread_experts
 from torch._dynamo.utils import counters
 
 from rxt_dist.config import AttentionConfig, MoEConfig
@@ -19,8 +19,6 @@ from rxt_dist.kernels.compilation import set_compile
 from rxt_dist.model.initialisation import initialise
 from rxt_dist.model.layer import Layer
 from rxt_dist.model.moe import MoE
-from rxt_dist.parallel.experts import ExpertParallel
-from rxt_dist.parallel.mesh import Mesh
 from rxt_dist.parallel.spread_layer import SpreadLayer
 
 D, E, K, RANKS = 32, 8, 3, 2
@@ -39,15 +37,9 @@ def whole_layer(mixture: str) -> Layer:
     return layer
 
 
-def spread(whole: Layer) -> SpreadLayer:
-    layer, rank, group = deepcopy(whole), dist.get_rank(), dist.group.WORLD
+def spread(layer: Layer) -> SpreadLayer:
     assert isinstance(layer.feed_forward, MoE)
-    assert group is not None
-    experts = ExpertParallel(layer.feed_forward.experts, K, Mesh(RANKS, expert_size=RANKS), rank, group)
-    with torch.no_grad():
-        for name, parameter in experts.named_parameters():
-            parameter.copy_(layer.feed_forward.experts.get_parameter(name)[experts.held])
-    layer.feed_forward.experts = experts
+    spread_experts(layer.feed_forward)
     return SpreadLayer(layer)
 
 
