@@ -119,7 +119,8 @@ def computed(
     """What the experts of this rank make of the tokens ``x``; ``into_order`` is the step that sorts rows."""
     rows = repeat_permuted(x, order.order, order.inverse, weights.shape[1])
     clock.mark(into_order)
-    rows = grouped_linear(experts.hidden(rows, order), experts.w_out, order.offsets)
+    hidden = experts.hidden(grouped_linear(rows, experts.w_in, order.offsets), order)
+    rows = grouped_linear(hidden, experts.w_out, order.offsets)
     clock.mark("experts")
     out = combine_rows(
         rows, experts.b_out, weights, order.order, order.inverse, order.offsets, order.expert_of_row

@@ -29,16 +29,17 @@ def combine_forward(
     inverse: torch.Tensor,
     expert_of_row: torch.Tensor | None,
     copies: int,
+    base: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Contiguous ``rows`` [n, D], n > 0, and the rest contiguous too -> [N, D]. Slots of which ``inverse``
-    [N * K] is -1 have no row."""
+    """Contiguous ``rows`` [n, D], n > 0, and the rest contiguous too -> [N, D], added to ``base`` [N, D].
+    Slots of which ``inverse`` [N * K] is -1 have no row."""
     width, tokens = rows.shape[1], inverse.shape[0] // copies
     out = rows.new_empty(tokens, width)
     columns = _columns(width)
     blocks = (tokens + _TOKENS - 1) // _TOKENS
     _combine_forward[(blocks * ((width + columns - 1) // columns),)](
-        rows, bias, weights, inverse, expert_of_row, out, tokens, WIDTH=width, COPIES=copies, TOKENS=_TOKENS,
-        COLUMNS=columns, num_warps=4,
+        rows, bias, weights, inverse, expert_of_row, base, out, tokens, WIDTH=width, COPIES=copies,
+        TOKENS=_TOKENS, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -102,6 +103,7 @@ def _combine_forward(
     weights,  # [tokens, COPIES] or None
     inverse,  # [tokens * COPIES], -1: no row
     expert_of_row,  # [count] or None
+    base,  # [tokens, WIDTH] or None
     out,  # [tokens, WIDTH]
     tokens,
     WIDTH: tl.constexpr,
@@ -130,7 +132,10 @@ def _combine_forward(
             part *= tl.load(weights + slot, mask=found, other=0.0)[:, None]
         total += part
     real = known[:, None] & wanted[None, :]
-    tl.store(out + (token[:, None] * WIDTH + column[None, :]), total.to(out.dtype.element_ty), mask=real)
+    place = token[:, None] * WIDTH + column[None, :]
+    if base is not None:
+        total += tl.load(base + place, mask=real, other=0.0).to(tl.float32)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit

@@ -29,6 +29,12 @@ def set_compile(enabled: bool) -> None:
     # Sizes that are equal in the first step by chance (lanes and tokens, where each lane has one) would be
     # taken for one size, and everything compiled again in the second.
     torch.fx.experimental._config.use_duck_shape = not enabled
+    if enabled:
+        from torch._inductor import config as inductor  # takes a second
+
+        # Start our own kernels, half of a region's, as fast as those that the compiler writes.
+        if hasattr(inductor, "static_launch_user_defined_triton_kernels"):
+            inductor.static_launch_user_defined_triton_kernels = True
 
 
 def compiles() -> bool:

@@ -3,7 +3,7 @@
 Blocks of rows count their keys; sums over the blocks before give each block and key its first place; every
 row counts the rows before it in its own block.
 
-Shape legend: n rows, B blocks of R rows, E keys; G keys of a program, S blocks that it sums at once.
+Shape legend: n rows, B blocks of R rows, E keys; S blocks that a program sums at once.
 """
 
 # ruff: noqa: N803 - constants of kernels
@@ -16,99 +16,147 @@ import triton
 import triton.language as tl
 
 _ROWS = 128
-_KEYS = 8  # of 4 bytes: what a memory access brings
-_BLOCKS = 1024
+_BLOCKS = 4096
 
 
 def counting_sort(
-    keys: torch.Tensor, count: int
+    keys: torch.Tensor, count: int, first: int = 0, *, others: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sort ``keys`` int64 [n], each in [0, ``count``), in three kernels.
+    """Sort ``keys``, int64 or int32 of any shape (flattened to [n]), in three kernels.
+
+    Keys are numbered from ``first`` on, and less than ``count`` apart from it. Where there may be ``others``,
+    these are sorted behind, as one key.
 
     Returns:
-        (order int64 [n], sorted row i is row ``order[i]``; its inverse; sorted keys int64 [n]; end of each
-        key's run, int32 [E]).
+        (order int64 [n], sorted row i is row ``order[i]``; its inverse int64 [n], -1 for the others; sorted
+        keys int64 [n], numbered from 0; end of each key's run, int32 [E], without the others).
     """
-    keys = keys.contiguous()
-    rows = keys.shape[0]
-    blocks = max(1, -(-rows // _ROWS))
-    order, inverse, ordered = torch.empty_like(keys), torch.empty_like(keys), torch.empty_like(keys)
-    ends = keys.new_empty(count, dtype=torch.int32)
-    upto = keys.new_empty(blocks, count, dtype=torch.int32)
-    first = torch.empty_like(upto)
-    columns = 1 << (count - 1).bit_length()
-    _count[(blocks,)](keys, upto, rows, E=count, COLUMNS=max(32, columns), R=_ROWS)
-    _add_blocks[(-(-count // _KEYS),)](upto, first, ends, blocks, E=count, G=_KEYS, S=_BLOCKS, num_warps=8)
-    _place[(blocks,)](keys, first, order, inverse, ordered, rows, E=count, R=_ROWS)
-    return order, inverse, ordered, ends
+    keys, copies = _lines(keys)
+    rows = keys.numel()
+    upto, ends = _counts(keys, copies, count, first, others)
+    starts = torch.empty_like(upto)
+    order, inverse, ordered = (keys.new_empty(rows, dtype=torch.int64) for _ in range(3))
+    kinds, blocks = upto.shape
+    _add_blocks[(kinds,)](upto, starts, ends, blocks, S=_BLOCKS, num_warps=8)
+    _place[(blocks,)](
+        keys, starts, order, inverse, ordered, rows, keys.stride(0), blocks, FIRST=first, COUNT=count,
+        OTHERS=others, COPIES=copies, R=_ROWS,
+    )  # fmt: skip
+    return order, inverse, ordered, ends[:count]
 
 
 def count_keys(keys: torch.Tensor, count: int) -> torch.Tensor:
     """The last result of :func:`counting_sort` alone, in two kernels."""
-    keys = keys.contiguous()
-    rows = keys.shape[0]
-    blocks = max(1, -(-rows // _ROWS))
-    ends = keys.new_empty(count, dtype=torch.int32)
-    upto = keys.new_empty(blocks, count, dtype=torch.int32)
-    columns = 1 << (count - 1).bit_length()
-    _count[(blocks,)](keys, upto, rows, E=count, COLUMNS=max(32, columns), R=_ROWS)
-    _add_blocks[(-(-count // _KEYS),)](upto, None, ends, blocks, E=count, G=_KEYS, S=_BLOCKS, num_warps=8)
+    keys, copies = _lines(keys)
+    upto, ends = _counts(keys, copies, count, 0, others=False)
+    _add_blocks[(count,)](upto, None, ends, upto.shape[1], S=_BLOCKS, num_warps=8)
     return ends
 
 
+def _lines(keys: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """``keys`` as lines of any distance, and how many of them are in a line."""
+    if keys.ndim != 2 or keys.stride(1) != 1:
+        keys = keys.flatten()[:, None]
+    return keys, keys.shape[1]
+
+
+def _counts(
+    keys: torch.Tensor, copies: int, count: int, first: int, others: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys of each block that are at most e, int32 [E, B], and room for the ends, int32 [E]."""
+    kinds = count + others
+    blocks = max(1, -(-keys.numel() // _ROWS))
+    upto = keys.new_empty(kinds, blocks, dtype=torch.int32)
+    _count[(blocks,)](
+        keys, upto, keys.numel(), keys.stride(0), blocks, FIRST=first, COUNT=count, OTHERS=others,
+        COPIES=copies, COLUMNS=max(32, 1 << (kinds - 1).bit_length()), R=_ROWS,
+    )  # fmt: skip
+    return upto, upto.new_empty(kinds)
+
+
 @triton.jit
-def _count(keys, upto, rows, E: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr):
-    """``upto`` [B, E]: keys of each block that are at most e."""
+def _count(
+    keys,
+    upto,
+    rows,
+    pitch,
+    blocks,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    OTHERS: tl.constexpr,
+    COPIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    R: tl.constexpr,
+):
     block = tl.program_id(0)
     row = block * R + tl.arange(0, R)
-    key = tl.load(keys + row, mask=row < rows, other=0).to(tl.int32)
+    # Not in a function of its own: torch.compile would believe that what is stored by key changes keys.
+    place = (row // COPIES).to(tl.int64) * pitch + row % COPIES
+    key = tl.load(keys + place, mask=row < rows, other=FIRST).to(tl.int32) - FIRST
+    if OTHERS:
+        key = tl.where((key >= 0) & (key < COUNT), key, COUNT)
     column = tl.arange(0, COLUMNS)
     found = tl.cumsum(tl.histogram(key, COLUMNS, mask=row < rows), 0)
-    tl.store(upto + block * E + column, found, mask=column < E)
+    tl.store(upto + column * blocks + block, found, mask=column < COUNT + OTHERS)
 
 
 @triton.jit
-def _add_blocks(upto, first, ends, blocks, E: tl.constexpr, G: tl.constexpr, S: tl.constexpr):
-    """Where each run ends, and ``first`` [B, E]: where the rows of a block with key e would begin if all rows
-    of the block with smaller keys came before them."""
-    key = tl.program_id(0) * G + tl.arange(0, G)
+def _add_blocks(upto, starts, ends, blocks, S: tl.constexpr):
+    """Where each run ends, and ``starts`` [E, B]: where the rows of a block with key e would begin if all
+    rows of the block with smaller keys came before them."""
+    key = tl.program_id(0)
     line = tl.arange(0, S)
-    # Numbers below e come out of the column before, whose sum over all blocks is where the run of e begins.
-    end = tl.zeros([G], tl.int32)
-    begin = tl.zeros([G], tl.int32)
+    place = upto + key * blocks
+    # Numbers below e come out of the line before, whose sum over all blocks is where the run of e begins.
+    end = tl.zeros([S], tl.int32)
+    below = tl.zeros([S], tl.int32)
     start = 0
     while start < blocks:
-        block = start + line[:, None]
-        inside = (block < blocks) & (key < E)[None, :]
-        place = upto + block * E + key[None, :]
-        end += tl.sum(tl.load(place, mask=inside, other=0), 0)
-        begin += tl.sum(tl.load(place - 1, mask=inside & (key > 0)[None, :], other=0), 0)
+        block = start + line
+        end += tl.load(place + block, mask=block < blocks, other=0)
+        below += tl.load(place - blocks + block, mask=(block < blocks) & (key > 0), other=0)
         start += S
-    tl.store(ends + key, end, mask=key < E)
-    if first is not None:
+    tl.store(ends + key, tl.sum(end, 0))
+    if starts is not None:
+        begin = tl.sum(below, 0)
         start = 0
         while start < blocks:
-            block = start + line[:, None]
-            inside = (block < blocks) & (key < E)[None, :]
-            place = upto + block * E + key[None, :]
-            below = tl.load(place - 1, mask=inside & (key > 0)[None, :], other=0)
-            own = tl.load(place, mask=inside, other=0) - below
+            block = start + line
+            smaller = tl.load(place - blocks + block, mask=(block < blocks) & (key > 0), other=0)
+            own = tl.load(place + block, mask=block < blocks, other=0) - smaller
             before = tl.cumsum(own, 0) - own
-            tl.store(first + block * E + key[None, :], begin[None, :] + before - below, mask=inside)
+            tl.store(starts + key * blocks + block, begin + before - smaller, mask=block < blocks)
             begin += tl.sum(own, 0)
             start += S
 
 
 @triton.jit
-def _place(keys, first, order, inverse, ordered, rows, E: tl.constexpr, R: tl.constexpr):
+def _place(
+    keys,
+    starts,
+    order,
+    inverse,
+    ordered,
+    rows,
+    pitch,
+    blocks,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    OTHERS: tl.constexpr,
+    COPIES: tl.constexpr,
+    R: tl.constexpr,
+):
     block = tl.program_id(0)
     number = tl.arange(0, R)
     row = block * R + number
     known = row < rows
-    key = tl.load(keys + row, mask=known, other=E)
-    rank = key.to(tl.int32) * R + number  # distinct, in the order of the block's rows when sorted
-    before = tl.sum((rank[:, None] < rank[None, :]).to(tl.int32), 0)
-    place = tl.load(first + block * E + key, mask=known, other=0) + before
-    tl.store(inverse + row, place.to(tl.int64), mask=known)
+    place = (row // COPIES).to(tl.int64) * pitch + row % COPIES
+    key = tl.load(keys + place, mask=known, other=FIRST).to(tl.int32) - FIRST
+    if OTHERS:
+        key = tl.where((key >= 0) & (key < COUNT), key, COUNT)
+    sorting = tl.where(known, key, COUNT + OTHERS) * R + number  # distinct, in the order of the sorted rows
+    before = tl.sum((sorting[:, None] < sorting[None, :]).to(tl.int32), 0)
+    place = tl.load(starts + key * blocks + block, mask=known, other=0) + before
+    tl.store(inverse + row, tl.where(key < COUNT, place, -1).to(tl.int64), mask=known)
     tl.store(order + place, row.to(tl.int64), mask=known)
-    tl.store(ordered + place, key, mask=known)
+    tl.store(ordered + place, key.to(tl.int64), mask=known)

@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
+_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
 
 interpreted = False
 """Set by tests, to run the kernels on a CPU in Triton's interpreter (TRITON_INTERPRET=1)."""

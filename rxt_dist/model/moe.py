@@ -81,8 +81,7 @@ class ExpertOrder:
     def of(cls, experts: torch.Tensor, num_experts: int) -> ExpertOrder:
         """Sort int64 expert numbers of any shape (flattened to [n]), stably, without a host sync."""
         if uses_triton(experts):
-            order, inverse, expert_of_row, offsets = counting_sort(experts.flatten(), num_experts)
-            return cls(order, inverse, expert_of_row, offsets)
+            return cls(*counting_sort(experts, num_experts))
         expert_of_row, order = torch.sort(experts.flatten(), stable=True)
         rows = torch.arange(order.shape[0], device=order.device)
         inverse = torch.empty_like(order).scatter_(0, order, rows)
@@ -94,12 +93,14 @@ class ExpertOrder:
     def of_some(cls, experts: torch.Tensor, held: range) -> ExpertOrder:
         """Sort the slots of which the expert is one of ``held``, numbered from 0, and leave out the others.
 
-        ``experts``: int64 of any shape (flattened to [N * K]). Rows beyond the last offset mean nothing: cut
-        them off with :meth:`first`.
+        ``experts``: int64 or int32 of any shape (flattened to [N * K]). Rows beyond the last offset, of the
+        other slots, mean nothing: cut them off with :meth:`first`.
         """
+        if uses_triton(experts):
+            return cls(*counting_sort(experts, len(held), held.start, others=True))
         numbers = experts - held.start
         kept = (numbers >= 0) & (numbers < len(held))
-        every = cls.of(torch.where(kept, numbers, len(held)), len(held) + 1)
+        every = cls.of(torch.where(kept, numbers, len(held)).long(), len(held) + 1)
         inverse = torch.where(every.inverse < every.offsets[-2], every.inverse, -1)
         return cls(every.order, inverse, every.expert_of_row, every.offsets[:-1])
 
@@ -214,21 +215,22 @@ class Experts(nn.Module):
         return out
 
     def forward(self, x: torch.Tensor, order: ExpertOrder, weights: torch.Tensor) -> torch.Tensor:
-        return self.leave(self.enter(x, order, weights.shape[1]), order, weights)
+        return self.leave(self.hidden(self.enter(x, order, weights.shape[1]), order), order, weights)
 
     def enter(self, x: torch.Tensor, order: ExpertOrder, copies: int) -> torch.Tensor:
-        """The first half: hidden channels [n, F] of the rows of ``x``, each of which has K = ``copies``."""
-        return self.hidden(repeat_permuted(x, order.order, order.inverse, copies), order)
+        """First products [n, W] for the rows of ``x``, each of which has K = ``copies``; W is F, or 2F where
+        gated."""
+        rows = repeat_permuted(x, order.order, order.inverse, copies)
+        return grouped_linear(rows, self.w_in, order.offsets)
 
-    def hidden(self, rows: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
-        """Hidden channels [n, F] of ``rows`` [n, D], sorted by expert."""
-        hidden = grouped_linear(rows, self.w_in, order.offsets)
+    def hidden(self, entered: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+        """Hidden channels [n, F] of ``entered`` [n, W]."""
         return activate_rows(
-            hidden, self.b_in, order.offsets, order.expert_of_row, self.activation, self.gated
+            entered, self.b_in, order.offsets, order.expert_of_row, self.activation, self.gated
         )
 
     def leave(self, hidden: torch.Tensor, order: ExpertOrder, weights: torch.Tensor) -> torch.Tensor:
-        """The second half: what forward returns."""
+        """What forward returns, of ``hidden`` [n, F]."""
         rows = grouped_linear(hidden, self.w_out, order.offsets)
         return combine_rows(
             rows, self.b_out, weights, order.order, order.inverse, order.offsets, order.expert_of_row

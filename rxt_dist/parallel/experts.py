@@ -4,10 +4,14 @@ It takes the numbers and weights of its experts along. The rank adds up what its
 and one row goes back; where the token came from, these sums are added. The ranks first tell each other how
 much they will send; those numbers are the only thing the host waits for.
 
-What a rank's own experts do for its own tokens needs no message, and is done while messages travel: its first
-half (first products and activations) while tokens come, its second half while sums go back. The backward
-pass mirrors this: autograd runs later calls first, so that the second half's gradients are computed while
-gradients of sums come, the first half's while gradients of tokens go back.
+What a rank's own experts do for its own tokens needs no message, and is done while messages travel: first
+products while the host learns the numbers and starts messages, activations while tokens come, second products
+while sums go back. The backward pass mirrors this: autograd runs later calls first, so that the gradients of
+second products are computed while gradients of sums come, the others while gradients of tokens go back.
+
+Messages go between first products and activations because a grouped product fills the device with blocks that
+stay to its end: those that find their place taken by a message start when others are done, and the product
+takes twice its time. Kernels of many short blocks lose only the places that the message takes.
 
 Shape legend: N tokens of this rank, K experts of a token, D width, E experts, e experts of this rank, R ranks
 of the expert group, s tokens that this rank sends (one that goes to two ranks counts twice), m tokens that it
@@ -16,6 +20,7 @@ gets, n rows of its experts: pairs of a token and one of its experts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +50,8 @@ class Departure:
         staying: order of the rows that this rank's experts have of its own tokens, to be cut.
         counts: int64 [R, 3], for each rank its tokens (of this one none), its experts' rows, and whether this
             rank is active.
-        choices: int32 [N, 2 * K], bits of the weights (with fp64 [N, 3 * K]) and numbers of the experts.
+        choices: int32 [N * min(R - 1, K), 2 * K], of ``tokens``, bits of the weights (of fp64 twice as many)
+            and numbers of the experts.
     """
 
     tokens: torch.Tensor
@@ -76,17 +82,48 @@ class Traffic:
     @classmethod
     def start(cls, counts: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], Traffic]:
         """Tell every rank what it will get (:class:`Departure`). Collective; the result waits for theirs, and
-        there the host waits for the device."""
+        there the host waits for the device, but not for what it was given after this."""
         incoming = torch.empty_like(counts)
         work = dist.all_to_all_single(incoming, counts, group=group, async_op=True)
+        arrived = _to_host(work, counts, incoming)
 
         def agree() -> Traffic:
-            work.wait()
-            sent, received, rows, active = torch.cat([counts[:, :1], incoming], dim=1).T.tolist()
+            outgoing, coming = arrived()
+            sent = [line[0] for line in outgoing]
+            received, rows, active = zip(*coming, strict=True)
             staying = rows[group.rank()]
-            return cls(group, sent, received, staying, sum(rows) - staying, any(active))
+            return cls(group, sent, list(received), staying, sum(rows) - staying, any(active))
 
         return agree
+
+
+def _to_host(work: dist.Work, *tensors: torch.Tensor) -> Callable[[], list[Any]]:
+    """Copy ``tensors``, of one shape, when ``work`` is done; the result waits for that, and returns lists."""
+    if not tensors[0].is_cuda:
+
+        def read() -> list[Any]:
+            work.wait()
+            return torch.stack(tensors).tolist()
+
+        return read
+    copies = tensors[0].new_empty(len(tensors), *tensors[0].shape, device="cpu", pin_memory=True)
+    with torch.cuda.stream(_copying(tensors[0].device)):
+        work.wait()
+        for copy, tensor in zip(copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        done = torch.cuda.current_stream().record_event()
+
+    def arrived() -> list[Any]:
+        done.synchronize()
+        assert len(copies) == len(tensors)  # which had to live until here
+        return copies.tolist()
+
+    return arrived
+
+
+@functools.cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +138,9 @@ class Message:
         return self.rows
 
 
-def there(rows: torch.Tensor, traffic: Traffic) -> Message:
-    """Send the first s of ``rows`` [>= s, ...], laid out rank by rank: [m, ...]. Collective."""
-    return _exchange(rows[: sum(traffic.sent)], traffic.sent, traffic.received, traffic.group)
+def there(rows: torch.Tensor, traffic: Traffic, room: torch.Tensor | None = None) -> Message:
+    """Send the first s of ``rows`` [>= s, ...], laid out rank by rank: [m, ...], in ``room``. Collective."""
+    return _exchange(rows[: sum(traffic.sent)], traffic.sent, traffic.received, traffic.group, room)
 
 
 def back(rows: torch.Tensor, traffic: Traffic) -> Message:
@@ -111,8 +148,14 @@ def back(rows: torch.Tensor, traffic: Traffic) -> Message:
     return _exchange(rows.contiguous(), traffic.received, traffic.sent, traffic.group)
 
 
-def _exchange(rows: torch.Tensor, leave: list[int], come: list[int], group: dist.ProcessGroup) -> Message:
-    out = rows.new_empty(sum(come), *rows.shape[1:])
+def _exchange(
+    rows: torch.Tensor,
+    leave: list[int],
+    come: list[int],
+    group: dist.ProcessGroup,
+    room: torch.Tensor | None = None,
+) -> Message:
+    out = rows.new_empty(sum(come), *rows.shape[1:]) if room is None else room
     return Message(out, dist.all_to_all_single(out, rows, come, leave, group=group, async_op=True))
 
 
@@ -175,12 +218,13 @@ class ExpertParallel(Experts):
     ) -> tuple[torch.Tensor, bool]:
         """What :meth:`travel` returns, and whether a rank of the group has called it."""
         agree = Traffic.start(leaving.counts, self.group)
-        laid_out = [part[leaving.tokens] for part in (leaving.choices, x.detach())]
+        laid_out = x.detach()[leaving.tokens]
         trip = Trip(agree())
-        trip.choices = there(laid_out[0], trip.traffic)
-        coming: torch.Tensor = _Send.apply(x, weights, laid_out[1], leaving.inverse, trip)  # type: ignore[no-untyped-call]
+        coming: torch.Tensor = _Send.apply(x, weights, leaving.inverse, trip)  # type: ignore[no-untyped-call]
         own = leaving.staying.first(trip.traffic.staying)
-        hidden = self.enter(x, own, self.top_k)
+        entered = self.enter(x, own, self.top_k)
+        trip.send(leaving.choices, laid_out)
+        hidden = self.hidden(entered, own)
         others, others_weights, order = _Arrive.apply(coming, weights.dtype, trip, self)  # type: ignore[no-untyped-call]
         sums = _SendBack.apply(self(others, order, others_weights), trip)  # type: ignore[no-untyped-call]
         out: torch.Tensor = _Join.apply(  # type: ignore[no-untyped-call]
@@ -198,32 +242,35 @@ class ExpertParallel(Experts):
         ranks = numbers + (numbers >= own).long()
         visited = (torch.div(chosen, held, rounding_mode="floor")[..., None] == ranks).any(dim=1)
         order = ExpertOrder.of_some(torch.where(visited, numbers, others), range(others))
-        tokens = torch.div(order.order, others, rounding_mode="floor")
+        tokens = torch.div(order.order, others, rounding_mode="floor")[: chosen.shape[0] * min(others, top_k)]
         rows = count_experts(chosen, self.total_experts).view(-1, held).sum(1)
-        tokens_of_ranks = order.offsets.long().diff(prepend=order.offsets.new_zeros(1))
+        ends = order.offsets.long()
+        sent = ends.diff(prepend=ends.new_zeros(1))
         counts = [
-            torch.zeros_like(rows).index_copy(0, ranks, tokens_of_ranks),
+            torch.cat([sent[:own], sent.new_zeros(1), sent[own:]]),
             rows,
             torch.full_like(rows, int(active)),
         ]
+        choices = [weights.view(torch.int32)[tokens], chosen[tokens].int()]
         return Departure(
-            tokens[: chosen.shape[0] * min(others, top_k)],
+            tokens,
             order.inverse,
             ExpertOrder.of_some(chosen, self.held),
             torch.stack(counts, dim=1),
-            torch.cat([weights.view(torch.int32), chosen.int()], dim=1),
+            torch.cat(choices, dim=1),
         )
 
-    @compiled_kernel
     def arrive(self, choices: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ExpertOrder]:
         """Weights [m, K] of tokens that have come, and the order of their rows, to be cut at n."""
         weights, chosen = choices[:, : -self.top_k], choices[:, -self.top_k :]
-        return weights.contiguous().view(dtype), ExpertOrder.of_some(chosen.long(), self.held)
+        return weights.contiguous().view(dtype), ExpertOrder.of_some(chosen, self.held)
 
 
 class Trip:
     """Messages of one pass and of its backward pass, from their sending until they are waited for."""
 
+    room: torch.Tensor
+    """Where tokens will be, [m, D]."""
     choices: Message
     tokens: Message
     sums: Message
@@ -236,23 +283,25 @@ class Trip:
     def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic
 
+    def send(self, choices: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Both laid out by rank, [>= s, ...]. Collective."""
+        self.choices = there(choices, self.traffic)
+        self.tokens = there(tokens, self.traffic, self.room)
+        del self.room
+
 
 class _Send(torch.autograd.Function):
-    """``x`` [N, D], weights [N, K], ``x`` laid out [>= s, D] -> tokens [m, D], still on their way."""
+    """``x`` [N, D] and weights [N, K] -> tokens [m, D] that :meth:`Trip.send` will bring."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        laid_out: torch.Tensor,
-        inverse: torch.Tensor,
-        trip: Trip,
+        ctx: Any, x: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor, trip: Trip
     ) -> torch.Tensor:
         ctx.save_for_backward(inverse)
         ctx.trip, trip.needed = trip, ctx.needs_input_grad[:2]
-        trip.tokens = there(laid_out, trip.traffic)
-        return trip.tokens.rows
+        coming = x.new_empty(sum(trip.traffic.received), x.shape[1])
+        trip.room = coming.detach()
+        return coming
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -261,7 +310,7 @@ class _Send(torch.autograd.Function):
         coming = ctx.trip.grads
         del ctx.trip.grads
         found = [None if one is None else add_rows(one.arrived(), inverse, copies) for one in coming]
-        return *found, None, None, None
+        return *found, None, None
 
 
 class _Arrive(torch.autograd.Function):
@@ -320,7 +369,7 @@ class _Join(torch.autograd.Function):
         ctx.trip = trip
         returned = trip.sums.arrived()
         del trip.sums
-        return add_rows(returned, inverse, len(trip.traffic.sent) - 1) + own
+        return add_rows(returned, inverse, len(trip.traffic.sent) - 1, own)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:

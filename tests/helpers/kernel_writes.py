@@ -63,6 +63,7 @@ def call_everything() -> None:
     x = torch.randn(tokens, width, dtype=bf16, requires_grad=True)
     routing = Router(width, experts, copies).to(bf16)(x)
     ExpertOrder.of(torch.zeros(tokens, copies, dtype=torch.int64), experts)
+    ExpertOrder.of_some(torch.zeros(tokens, copies, dtype=torch.int32), range(1, experts))
     slots = torch.arange(tokens * copies)
     expert_of_row, offsets = slots % experts, torch.arange(1, experts + 1, dtype=torch.int32)
     rows = repeat_permuted(x, slots, slots, copies)

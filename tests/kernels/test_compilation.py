@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 import torch.fx.experimental._config as symbols
 from helpers.lanes import MemoryPieces, lane_config, lane_module, random_conversations, windows
 from helpers.launch import run_function
@@ -69,6 +70,11 @@ def test_regions_run_compiled_in_training_steps(compiler: Compiler) -> None:
     set_compile(False)
     assert not compiles()
     times(0)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_own_kernels_are_started_as_those_of_the_compiler() -> None:
+    assert inductor.static_launch_user_defined_triton_kernels
 
 
 def test_kernels_run_compiled_always(compiler: Compiler) -> None:

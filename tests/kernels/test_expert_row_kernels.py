@@ -14,7 +14,7 @@ from helpers.interpreter import interpreter  # noqa: F401
 from rxt_dist.kernels import triton_support
 from rxt_dist.kernels.activation import Activation, activate, activate_rows
 from rxt_dist.kernels.combine import combine_rows
-from rxt_dist.kernels.permute import add_permuted, repeat_permuted
+from rxt_dist.kernels.permute import add_permuted, add_rows, repeat_permuted
 from rxt_dist.kernels.segments_triton import new_segments, sum_segments
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
@@ -344,3 +344,19 @@ def test_gradients_by_finite_differences() -> None:
         return combine_rows(rows, F.silu(bias[:, :3]), weights, order, inverse, offsets, expert_of_row)
 
     assert torch.autograd.gradcheck(layer, (hidden, bias, weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "copies", "rows"), [(37, 1, 20), (18, 3, 40), (5, 2, 0)])
+def test_rows_are_added_to_others(
+    tokens: int, copies: int, rows: int, dtype: torch.dtype, backend: str
+) -> None:
+    torch.manual_seed(0)
+    inverse = torch.full((tokens * copies,), -1)
+    slots = torch.randperm(tokens * copies)[:rows]
+    inverse[slots] = torch.arange(rows)
+    x, base = torch.randn(rows, 72).to(dtype), torch.randn(tokens, 72).to(dtype)
+    expected = base.double().index_add(0, slots // copies, x.double())
+    out = add_rows(x, inverse, copies, base)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])

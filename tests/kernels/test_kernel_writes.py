@@ -37,7 +37,7 @@ RESULTS = {
     "memory_sources._weighted_rows": [["parts"]],
     "norm._norm_backward": [["out", "parts"]],
     "norm._sum_parts": [["sums"]],
-    "order._add_blocks": [["ends", "first"]],
+    "order._add_blocks": [["ends", "starts"]],
     "order._count": [["upto"]],
     "order._place": [["inverse", "order", "ordered"]],
     "random._add_normals": [["out"]],

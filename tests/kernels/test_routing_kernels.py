@@ -145,6 +145,30 @@ def test_counting_sort(rows: int, count: int, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(count_experts(keys, count), torch.bincount(keys, minlength=count))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize(
+    ("rows", "first", "count"), [(0, 2, 3), (300, 3, 4), (700, 0, 5), (129, 8, 2), (50, 90, 3)]
+)
+def test_counting_sort_of_some_keys(
+    rows: int, first: int, count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In columns of a wider table, others behind."""
+    monkeypatch.setattr(order_triton, "_BLOCKS", 4)
+    table = torch.randint(0, 10, (rows, 7), generator=torch.Generator().manual_seed(rows), dtype=dtype)
+    keys = table[:, 4:]
+    order, inverse, ordered, ends = counting_sort(keys, count, first, others=True)
+    numbers = keys.flatten().long() - first
+    numbers[(numbers < 0) | (numbers >= count)] = count
+    expected, places = torch.sort(numbers, stable=True)
+    assert torch.equal(ordered, expected)
+    assert torch.equal(order, places)
+    assert torch.equal(ends, torch.bincount(numbers, minlength=count + 1).cumsum(0)[:count].to(torch.int32))
+    kept = numbers < count
+    assert torch.equal(inverse[kept].sort().values, torch.arange(int(kept.sum())))
+    assert torch.equal(order[inverse[kept]], kept.nonzero().flatten())
+    assert (inverse[~kept] == -1).all()
+
+
 def test_expert_order_is_the_same_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = torch.randint(0, 9, (50, 3), generator=torch.Generator().manual_seed(1))
     found = []

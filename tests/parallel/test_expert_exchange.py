@@ -73,9 +73,11 @@ def test_what_a_rank_sends(
         [sum(way[1] == rank for way in sent), int((chosen // (experts // ranks) == rank).sum()), 1]
         for rank in range(ranks)
     ]
-    came, order = part.arrive(leaving.choices, torch.float32)
-    assert torch.equal(came, weights)
     here = (chosen // (experts // ranks) == own).flatten()
+    everyone = torch.cat([weights.view(torch.int32), chosen.int()], dim=1)
+    assert torch.equal(leaving.choices[: len(sent)], everyone[leaving.tokens[: len(sent)]])
+    came, order = part.arrive(everyone, torch.float32)
+    assert torch.equal(came, weights)
     for found in (order, leaving.staying):
         assert torch.equal(found.inverse >= 0, here)
         rows = found.first(int(here.sum()))
@@ -149,7 +151,7 @@ def test_spread_experts_are_the_whole_layer(tmp_path: Path, lose_all: bool) -> N
             assert whole is not None
             torch.testing.assert_close(gradient, whole[one["first"] :][: len(gradient)], rtol=1e-5, atol=1e-5)
         # One copy of the counts; the way back needs none.
-        assert one["syncs"] == [["rxt_dist/experts.py:agree"], []]
+        assert one["syncs"] == [["rxt_dist/experts.py:read"], []]
     router = sum(one["router"] for one in found)
     torch.testing.assert_close(router, layer.router.proj.weight.grad, rtol=1e-4, atol=1e-4)
     idle = [one["experts"]["w_in"].abs().sum() for one in found]
@@ -272,7 +274,7 @@ def test_own_rows_are_computed_while_messages_travel(tmp_path: Path) -> None:
         assert 0 < staying != coming > 0
         own, others = f"{staying} rows", f"{coming} rows"
         forward, backward = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        there = ["send", "wait", "send", "send", own, "wait", "wait"]  # counts; choices and tokens
+        there = ["send", "wait", own, "send", "send", "wait", "wait"]  # counts; choices and tokens
         assert forward == [*there, others, others, "send", own, "wait"]
         there = ["send", own, own, "wait"]
         assert backward == [*there, *[others] * 4, "send", "send", own, own, "wait", "wait"]
@@ -410,5 +412,5 @@ def test_initial_experts_are_those_of_a_whole_layer(tmp_path: Path) -> None:
 def test_order_of_no_rows() -> None:
     order = ExpertOrder.of(torch.empty(0, dtype=torch.int64), 3)
     experts = Experts(3, D, HIDDEN, gated=True, activation="silu", biased=True)
-    assert experts.enter(torch.empty(0, D), order, K).shape == (0, HIDDEN)
+    assert experts.hidden(experts.enter(torch.empty(0, D), order, K), order).shape == (0, HIDDEN)
     assert experts(torch.empty(0, D), order, torch.empty(0, K)).shape == (0, D)

@@ -79,7 +79,7 @@ def test_spread_experts_wait_once_a_layer_and_pass(tmp_path: Path) -> None:
     assert run_function(2, train_spread, tmp_path) == [0, 0]
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert found == {name: ["rxt_dist/experts.py:agree"] * (2 * PASSES[name]) for name in CASES}
+        assert found == {name: ["rxt_dist/experts.py:read"] * (2 * PASSES[name]) for name in CASES}
 
 
 def train_divided(folder: Path) -> None:
