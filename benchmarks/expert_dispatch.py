@@ -12,7 +12,7 @@ one:
 
     layer, backward  the whole layer; shared experts are in it, and in no step
     route            logits, softmax, the best experts of each token
-    sort             rows by expert, where each expert's run ends; with expert ranks, tokens by rank
+    sort             rows by expert, where each expert's run ends; with expert ranks, tokens by rank too
     permute          rows into that order
     counts           how many tokens each rank gets; the host waits here
     send             tokens to the other ranks that have experts of theirs
@@ -48,7 +48,7 @@ from rxt_dist.config import RunConfig, load_config
 from rxt_dist.errors import ConfigError, TrainingError, exit_with_message
 from rxt_dist.kernels.combine import combine_rows
 from rxt_dist.kernels.grouped_gemm import grouped_linear
-from rxt_dist.kernels.permute import add_rows, repeat_permuted
+from rxt_dist.kernels.permute import add_rows, copy_rows, repeat_permuted
 from rxt_dist.model.initialisation import initialise
 from rxt_dist.model.moe import ExpertOrder, Experts, MoE
 from rxt_dist.parallel.bootstrap import World
@@ -91,19 +91,20 @@ def routed(layer: MoE, x: torch.Tensor, clock: Clock) -> torch.Tensor:
         clock.mark("sort")
         return computed(experts, x, order, routing.weights, "permute", clock)
     leaving = experts.depart(routing.experts, routing.weights, active=True)
+    staying = ExpertOrder.of_some(routing.experts, experts.held)
     clock.mark("sort")
-    laid_out = [part.index_select(0, leaving.tokens) for part in (leaving.choices, x)]
+    laid_out = copy_rows(x, leaving.order, leaving.inverse, experts.group.size() - 1)
     clock.mark("permute")
     traffic = Traffic.start(leaving.counts, experts.group)()
     clock.mark("counts")
-    choices, tokens = (there(rows, traffic).arrived() for rows in laid_out)
+    choices, tokens = (there(rows, traffic).arrived() for rows in (leaving.choices, laid_out))
     clock.mark("send")
     weights, order = experts.arrive(choices, routing.weights.dtype)
     sums = computed(experts, tokens, order.first(traffic.coming), weights, "regroup", clock)
-    own = computed(experts, x, leaving.staying.first(traffic.staying), routing.weights, "regroup", clock)
+    own = computed(experts, x, staying.first(traffic.staying), routing.weights, "regroup", clock)
     sums = back(sums, traffic).arrived()
     clock.mark("return")
-    out = add_rows(sums, leaving.inverse, len(traffic.sent) - 1) + own
+    out = add_rows(sums, leaving.inverse, len(traffic.sent) - 1, own)
     clock.mark("combine")
     return out
 

@@ -52,9 +52,7 @@ class _RepeatPermuted(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(inverse)
         ctx.copies = copies
-        if x.ndim == 2 and order.shape[0] and uses_triton(x):
-            return spread_rows(x.contiguous(), order.shape[0], inverse, copies)
-        return _repeat(x, order, copies)
+        return copy_rows(x, order, inverse, copies)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -75,6 +73,13 @@ class _AddPermuted(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (order,) = ctx.saved_tensors
         return _repeat(grads[0], order, ctx.copies), None, None, None
+
+
+def copy_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+    """Of :func:`repeat_permuted`, without a gradient. Rows that ``inverse`` does not know are undefined."""
+    if x.ndim == 2 and order.shape[0] and uses_triton(x):
+        return spread_rows(x.contiguous(), order.shape[0], inverse, copies)
+    return _repeat(x, order, copies)
 
 
 def _repeat(x: torch.Tensor, order: torch.Tensor, copies: int) -> torch.Tensor:

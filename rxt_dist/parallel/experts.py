@@ -32,7 +32,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from rxt_dist.kernels.compilation import compiled_kernel
-from rxt_dist.kernels.permute import add_rows
+from rxt_dist.kernels.permute import add_rows, copy_rows
 from rxt_dist.model.balance import count_experts
 from rxt_dist.model.canonical import Cut
 from rxt_dist.model.moe import ExpertOrder, Experts
@@ -41,24 +41,24 @@ from rxt_dist.parallel.mesh import Mesh
 
 @dataclass(frozen=True, eq=False)
 class Departure:
-    """What this rank sends, and what stays.
+    """What this rank sends.
 
     Attributes:
-        tokens: int64 [N * min(R - 1, K)], of which the first s are the tokens for each other rank, rank by
-            rank.
-        inverse: int64 [N * (R - 1)], where there is each token for each other rank; -1: nowhere.
-        staying: order of the rows that this rank's experts have of its own tokens, to be cut.
+        order: int64 [N * min(R - 1, K)], of which the first s are the tokens for each other rank, rank by
+            rank, as slots of the flattened [N, R - 1].
+        inverse: int64 [N * (R - 1)], where there is each of these slots; -1: nowhere.
         counts: int64 [R, 3], for each rank its tokens (of this one none), its experts' rows, and whether this
             rank is active.
-        choices: int32 [N * min(R - 1, K), 2 * K], of ``tokens``, bits of the weights (of fp64 twice as many)
-            and numbers of the experts.
+        choices: int32 [N * min(R - 1, K), 2 * K], of the tokens in ``order``, bits of the weights (of fp64
+            twice as many) and numbers of the experts.
+        chosen: int64 [N, K], numbers of the experts.
     """
 
-    tokens: torch.Tensor
+    order: torch.Tensor
     inverse: torch.Tensor
-    staying: ExpertOrder
     counts: torch.Tensor
     choices: torch.Tensor
+    chosen: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,17 +218,19 @@ class ExpertParallel(Experts):
     ) -> tuple[torch.Tensor, bool]:
         """What :meth:`travel` returns, and whether a rank of the group has called it."""
         agree = Traffic.start(leaving.counts, self.group)
-        laid_out = x.detach()[leaving.tokens]
+        # While the host waits, the device has this to do, and beyond that until the first product is started.
+        laid_out = copy_rows(x.detach(), leaving.order, leaving.inverse, self.group.size() - 1)
+        staying = ExpertOrder.of_some(leaving.chosen, self.held)
         trip = Trip(agree())
         coming: torch.Tensor = _Send.apply(x, weights, leaving.inverse, trip)  # type: ignore[no-untyped-call]
-        own = leaving.staying.first(trip.traffic.staying)
+        own = staying.first(trip.traffic.staying)
         entered = self.enter(x, own, self.top_k)
         trip.send(leaving.choices, laid_out)
         hidden = self.hidden(entered, own)
         others, others_weights, order = _Arrive.apply(coming, weights.dtype, trip, self)  # type: ignore[no-untyped-call]
         sums = _SendBack.apply(self(others, order, others_weights), trip)  # type: ignore[no-untyped-call]
         out: torch.Tensor = _Join.apply(  # type: ignore[no-untyped-call]
-            sums, self.leave(hidden, own, weights), leaving.tokens, leaving.inverse, trip
+            sums, self.leave(hidden, own, weights), leaving.order, leaving.inverse, trip
         )
         return out, trip.traffic.any_active
 
@@ -241,10 +243,11 @@ class ExpertParallel(Experts):
         numbers = torch.arange(others, device=chosen.device)
         ranks = numbers + (numbers >= own).long()
         visited = (torch.div(chosen, held, rounding_mode="floor")[..., None] == ranks).any(dim=1)
-        order = ExpertOrder.of_some(torch.where(visited, numbers, others), range(others))
-        tokens = torch.div(order.order, others, rounding_mode="floor")[: chosen.shape[0] * min(others, top_k)]
+        sorted_ways = ExpertOrder.of_some(torch.where(visited, numbers, others), range(others))
+        order = sorted_ways.order[: chosen.shape[0] * min(others, top_k)]
+        tokens = torch.div(order, others, rounding_mode="floor")
         rows = count_experts(chosen, self.total_experts).view(-1, held).sum(1)
-        ends = order.offsets.long()
+        ends = sorted_ways.offsets.long()
         sent = ends.diff(prepend=ends.new_zeros(1))
         counts = [
             torch.cat([sent[:own], sent.new_zeros(1), sent[own:]]),
@@ -253,11 +256,7 @@ class ExpertParallel(Experts):
         ]
         choices = [weights.view(torch.int32)[tokens], chosen[tokens].int()]
         return Departure(
-            tokens,
-            order.inverse,
-            ExpertOrder.of_some(chosen, self.held),
-            torch.stack(counts, dim=1),
-            torch.cat(choices, dim=1),
+            order, sorted_ways.inverse, torch.stack(counts, dim=1), torch.cat(choices, dim=1), chosen
         )
 
     def arrive(self, choices: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ExpertOrder]:
@@ -361,11 +360,11 @@ class _Join(torch.autograd.Function):
         ctx: Any,
         sums: torch.Tensor,
         own: torch.Tensor,
-        tokens: torch.Tensor,
+        order: torch.Tensor,
         inverse: torch.Tensor,
         trip: Trip,
     ) -> torch.Tensor:
-        ctx.save_for_backward(tokens)
+        ctx.save_for_backward(order, inverse)
         ctx.trip = trip
         returned = trip.sums.arrived()
         del trip.sums
@@ -373,9 +372,10 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
-        (tokens,) = ctx.saved_tensors
+        order, inverse = ctx.saved_tensors
         traffic = ctx.trip.traffic
-        ctx.trip.grad_sums = there(grads[0][tokens[: sum(traffic.sent)]], traffic)
+        laid_out = copy_rows(grads[0], order[: sum(traffic.sent)], inverse, len(traffic.sent) - 1)
+        ctx.trip.grad_sums = there(laid_out, traffic)
         return ctx.trip.grad_sums.rows, grads[0], None, None, None
 
 

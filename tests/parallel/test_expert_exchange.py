@@ -64,7 +64,8 @@ def test_what_a_rank_sends(
     visited = [{expert // (experts // ranks) for expert in one} for one in chosen.tolist()]
     others = [rank for rank in range(ranks) if rank != own]
     sent = [(token, rank) for rank in others for token in range(tokens) if rank in visited[token]]
-    assert leaving.tokens[: len(sent)].tolist() == [token for token, _ in sent]
+    travelling = leaving.order[: len(sent)] // (ranks - 1)
+    assert travelling.tolist() == [token for token, _ in sent]
     places = {way: place for place, way in enumerate(sent)}
     assert leaving.inverse.view(-1, ranks - 1).tolist() == [
         [places.get((token, rank), -1) for rank in others] for token in range(tokens)
@@ -75,13 +76,13 @@ def test_what_a_rank_sends(
     ]
     here = (chosen // (experts // ranks) == own).flatten()
     everyone = torch.cat([weights.view(torch.int32), chosen.int()], dim=1)
-    assert torch.equal(leaving.choices[: len(sent)], everyone[leaving.tokens[: len(sent)]])
+    assert torch.equal(leaving.choices[: len(sent)], everyone[travelling])
     came, order = part.arrive(everyone, torch.float32)
     assert torch.equal(came, weights)
-    for found in (order, leaving.staying):
-        assert torch.equal(found.inverse >= 0, here)
-        rows = found.first(int(here.sum()))
-        assert torch.equal(rows.expert_of_row + part.held.start, chosen.flatten()[rows.order])
+    assert torch.equal(leaving.chosen, chosen)
+    assert torch.equal(order.inverse >= 0, here)
+    rows = order.first(int(here.sum()))
+    assert torch.equal(rows.expert_of_row + part.held.start, chosen.flatten()[rows.order])
 
 
 @contextmanager
