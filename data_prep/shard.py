@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -203,6 +204,10 @@ def _executor(options: ShardOptions) -> Iterator[_Submit]:
     try:
         yield lambda raw, path: pool.submit(write_part_in_worker, raw, path)
     except BrokenProcessPool as error:
+        if sys.version_info < (3, 11, 5):
+            # The thread that feeds the workers waits for room in their pipe, which nobody reads any more
+            # (https://github.com/python/cpython/issues/94777).
+            pool._call_queue._reader.close()  # type: ignore[attr-defined]
         raise DataError(
             "a worker process ended unexpectedly (killed, or out of memory); try fewer --workers"
         ) from error
