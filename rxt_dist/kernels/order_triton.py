@@ -24,8 +24,8 @@ def counting_sort(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sort ``keys``, int64 or int32 of any shape (flattened to [n]), in three kernels.
 
-    Keys are numbered from ``first`` on, and less than ``count`` apart from it. Where there may be ``others``,
-    these are sorted behind, as one key.
+    They are in [``first``, ``first + count``). Where there may be ``others``, these are sorted behind, as one
+    key.
 
     Returns:
         (order int64 [n], sorted row i is row ``order[i]``; its inverse int64 [n], -1 for the others; sorted
@@ -33,10 +33,11 @@ def counting_sort(
     """
     keys, copies = _lines(keys)
     rows = keys.numel()
-    upto, ends = _counts(keys, copies, count, first, others)
+    upto = _counts(keys, copies, count, first, others)
     starts = torch.empty_like(upto)
     order, inverse, ordered = (keys.new_empty(rows, dtype=torch.int64) for _ in range(3))
     kinds, blocks = upto.shape
+    ends = upto.new_empty(kinds)
     _add_blocks[(kinds,)](upto, starts, ends, blocks, S=_BLOCKS, num_warps=8)
     _place[(blocks,)](
         keys, starts, order, inverse, ordered, rows, keys.stride(0), blocks, FIRST=first, COUNT=count,
@@ -48,7 +49,8 @@ def counting_sort(
 def count_keys(keys: torch.Tensor, count: int) -> torch.Tensor:
     """The last result of :func:`counting_sort` alone, in two kernels."""
     keys, copies = _lines(keys)
-    upto, ends = _counts(keys, copies, count, 0, others=False)
+    upto = _counts(keys, copies, count, 0, others=False)
+    ends = upto.new_empty(count)
     _add_blocks[(count,)](upto, None, ends, upto.shape[1], S=_BLOCKS, num_warps=8)
     return ends
 
@@ -60,10 +62,8 @@ def _lines(keys: torch.Tensor) -> tuple[torch.Tensor, int]:
     return keys, keys.shape[1]
 
 
-def _counts(
-    keys: torch.Tensor, copies: int, count: int, first: int, others: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys of each block that are at most e, int32 [E, B], and room for the ends, int32 [E]."""
+def _counts(keys: torch.Tensor, copies: int, count: int, first: int, others: bool) -> torch.Tensor:
+    """Keys of each block that are at most e, int32 [E, B]."""
     kinds = count + others
     blocks = max(1, -(-keys.numel() // _ROWS))
     upto = keys.new_empty(kinds, blocks, dtype=torch.int32)
@@ -71,7 +71,21 @@ def _counts(
         keys, upto, keys.numel(), keys.stride(0), blocks, FIRST=first, COUNT=count, OTHERS=others,
         COPIES=copies, COLUMNS=max(32, 1 << (kinds - 1).bit_length()), R=_ROWS,
     )  # fmt: skip
-    return upto, upto.new_empty(kinds)
+    return upto
+
+
+# No pointer goes into these two: torch.compile would believe that what is stored by key changes the keys.
+@triton.jit
+def _place_in_lines(row, pitch, COPIES: tl.constexpr):
+    return (row // COPIES).to(tl.int64) * pitch + row % COPIES
+
+
+@triton.jit
+def _numbered(key, FIRST: tl.constexpr, COUNT: tl.constexpr, OTHERS: tl.constexpr):
+    key = key.to(tl.int32) - FIRST
+    if OTHERS:
+        key = tl.where((key >= 0) & (key < COUNT), key, COUNT)
+    return key
 
 
 @triton.jit
@@ -90,11 +104,8 @@ def _count(
 ):
     block = tl.program_id(0)
     row = block * R + tl.arange(0, R)
-    # Not in a function of its own: torch.compile would believe that what is stored by key changes keys.
-    place = (row // COPIES).to(tl.int64) * pitch + row % COPIES
-    key = tl.load(keys + place, mask=row < rows, other=FIRST).to(tl.int32) - FIRST
-    if OTHERS:
-        key = tl.where((key >= 0) & (key < COUNT), key, COUNT)
+    key = tl.load(keys + _place_in_lines(row, pitch, COPIES), mask=row < rows, other=FIRST)
+    key = _numbered(key, FIRST, COUNT, OTHERS)
     column = tl.arange(0, COLUMNS)
     found = tl.cumsum(tl.histogram(key, COLUMNS, mask=row < rows), 0)
     tl.store(upto + column * blocks + block, found, mask=column < COUNT + OTHERS)
@@ -150,10 +161,9 @@ def _place(
     number = tl.arange(0, R)
     row = block * R + number
     known = row < rows
-    place = (row // COPIES).to(tl.int64) * pitch + row % COPIES
-    key = tl.load(keys + place, mask=known, other=FIRST).to(tl.int32) - FIRST
-    if OTHERS:
-        key = tl.where((key >= 0) & (key < COUNT), key, COUNT)
+    key = _numbered(
+        tl.load(keys + _place_in_lines(row, pitch, COPIES), mask=known, other=FIRST), FIRST, COUNT, OTHERS
+    )
     sorting = tl.where(known, key, COUNT + OTHERS) * R + number  # distinct, in the order of the sorted rows
     before = tl.sum((sorting[:, None] < sorting[None, :]).to(tl.int32), 0)
     place = tl.load(starts + key * blocks + block, mask=known, other=0) + before

@@ -91,12 +91,15 @@ def add_rows(
     x: torch.Tensor, inverse: torch.Tensor, copies: int, base: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Of :func:`add_permuted`, added to ``base`` [N, ...], without a gradient."""
-    if base is not None and not (x.shape[0] and x.ndim == 2 and uses_triton(x)):
-        return base + add_rows(x, inverse, copies)
+    if x.ndim == 2 and x.shape[0] and uses_triton(x):
+        return combine_forward(x.contiguous(), None, None, inverse, None, copies, base)
+    sums = _sums(x, inverse, copies)
+    return sums if base is None else base + sums
+
+
+def _sums(x: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
     if not x.shape[0]:
         return x.new_zeros(inverse.shape[0] // copies, *x.shape[1:])
-    if x.ndim == 2 and uses_triton(x):
-        return combine_forward(x.contiguous(), None, None, inverse, None, copies, base)
     missing = (inverse < 0).view(-1, *[1] * (x.ndim - 1))
     rows = x.index_select(0, inverse.clamp_min(0)).masked_fill_(missing, 0)
     if copies == 1:

@@ -102,8 +102,8 @@ def start_process_group(world: World, timeout_seconds: int) -> None:
         os.environ.setdefault("MASTER_PORT", str(free_port()))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    # Else a message waits for a place on the device until all kernels that started before it have theirs.
-    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+        # Else a message waits for a place on the device until all kernels that started before have theirs.
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, timeout=timeout, verbose=False, auto_mpi_discovery=False)
 

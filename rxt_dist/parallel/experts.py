@@ -113,9 +113,11 @@ def _to_host(work: dist.Work, *tensors: torch.Tensor) -> Callable[[], list[Any]]
             copy.copy_(tensor, non_blocking=True)
         done = torch.cuda.current_stream().record_event()
 
+    alive = list(tensors)
+
     def arrived() -> list[Any]:
         done.synchronize()
-        assert len(copies) == len(tensors)  # which had to live until here
+        alive.clear()  # only now may their memory be used again
         return copies.tolist()
 
     return arrived
