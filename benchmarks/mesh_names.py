@@ -32,7 +32,7 @@ class MeshName:
         found.append(f"parallel.sequence_parallel={str(self.divides_tokens).lower()}")
         if self.zero is not None:
             found.append(f"zero.stage={self.zero}")
-        if self.tensor_size > 1 or self.zero == 3:  # not compiled
+        if self.zero == 3:  # not compiled
             found.append("runtime.compile=false")
         return found
 

@@ -304,7 +304,7 @@ def process_group(config: RunConfig) -> Iterator[tuple[World, str]]:
     check_world_size(config, world.size)
     world = replace(world, tensor_size=config.parallel.tensor_size)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    set_compile(config.runtime.compile)
+    set_compile(config.runtime.compile, with_messages=config.parallel.tensor_size > 1)
     backend = set_attention_backend(config.runtime.attention_backend, world.device, dtype)
     start_process_group(world, config.runtime.collective_timeout_seconds)
     try:

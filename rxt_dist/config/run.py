@@ -375,8 +375,8 @@ class RuntimeConfig(Section):
     of few keys (256 with heads of 16 numbers, 128 with heads of 32), the next here for longer ones."""
     compile: bool = False
     """Compile the layers and the loss with torch.compile: faster steps after a start of about a minute, which
-    a later start on the same machine finds in the compiler's cache (TORCHINDUCTOR_CACHE_DIR). Needs bf16,
-    whole tensors and ZeRO 1 or 2."""
+    a later start on the same machine finds in the compiler's cache (TORCHINDUCTOR_CACHE_DIR). Needs bf16
+    and ZeRO 1 or 2."""
     recompute: Literal["none", "interaction"] = "none"
     """What the backward pass of the memory stages computes again to save memory; interaction: everything but
     the STM between the interactions of a window."""
@@ -488,7 +488,6 @@ class RunConfig(Section):
     def _compile_problems(self) -> list[Problem]:
         needs = {
             f"precision bf16, precision is {self.precision}": self.precision == "bf16",
-            f"parallel.tensor_size 1, found {self.parallel.tensor_size}": self.parallel.tensor_size == 1,
             f"zero.stage 1 or 2, found {self.zero.stage}": self.zero.stage < 3,
         }
         return [

@@ -18,23 +18,36 @@ import torch.fx.experimental._config
 P = ParamSpec("P")
 R = TypeVar("R")
 
+MOST_VARIANTS = 64
+"""Of a region, in all stages of a run; on a CPU, where attention is not compiled, it has the most."""
+
 _enabled = False
 _of_a_step = False
 
 
-def set_compile(enabled: bool) -> None:
-    """Whether marked functions are compiled in this process from now on; call before the first step."""
+def set_compile(enabled: bool, *, with_messages: bool = False) -> None:
+    """Whether marked functions are compiled in this process from now on; call before the first step.
+
+    ``with_messages``: ranks exchange rows inside of them, as those that share tensors do. What does not need
+    a message is then done while it travels. All ranks compile the same graphs, so messages keep one order.
+    """
     global _enabled
     _enabled = enabled
     # Sizes that are equal in the first step by chance (lanes and tokens, where each lane has one) would be
     # taken for one size, and everything compiled again in the second.
     torch.fx.experimental._config.use_duck_shape = not enabled
     if enabled:
-        from torch._inductor import config as inductor  # takes a second
+        from torch._dynamo import config as dynamo  # both take a second
+        from torch._inductor import config as inductor
 
         # Start our own kernels, half of a region's, as fast as those that the compiler writes.
         if hasattr(inductor, "static_launch_user_defined_triton_kernels"):
             inductor.static_launch_user_defined_triton_kernels = True
+        # A rank that gave up compiling would send in another order than the others.
+        dynamo.recompile_limit = MOST_VARIANTS
+        dynamo.fail_on_recompile_limit_hit = with_messages
+        inductor.reorder_for_compute_comm_overlap = with_messages
+        inductor.reorder_for_compute_comm_overlap_passes = ["raise_comms", "sink_waits"]
 
 
 def compiles() -> bool:

@@ -64,7 +64,7 @@ def _lines(keys: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def _counts(keys: torch.Tensor, copies: int, count: int, first: int, others: bool) -> torch.Tensor:
     """Keys of each block that are at most e, int32 [E, B]."""
-    kinds = count + others
+    kinds = count + 1 if others else count
     blocks = max(1, -(-keys.numel() // _ROWS))
     upto = keys.new_empty(kinds, blocks, dtype=torch.int32)
     _count[(blocks,)](

@@ -101,7 +101,8 @@ def _sums(x: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
     if not x.shape[0]:
         return x.new_zeros(inverse.shape[0] // copies, *x.shape[1:])
     missing = (inverse < 0).view(-1, *[1] * (x.ndim - 1))
-    rows = x.index_select(0, inverse.clamp_min(0)).masked_fill_(missing, 0)
+    # Not in place: compiled by PyTorch 2.11, what a function changes and returns gets no gradient.
+    rows = x.index_select(0, inverse.clamp_min(0)).masked_fill(missing, 0)
     if copies == 1:
         return rows
     return rows.view(rows.shape[0] // copies, copies, *rows.shape[1:]).sum(1)

@@ -26,8 +26,8 @@ class Normal:
     mean: float = 0.0
     std: float = 1.0
 
-    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-        return torch.empty(shape).normal_(self.mean, self.std, generator=generator)
+    def fill(self, out: torch.Tensor, generator: torch.Generator) -> None:
+        out.normal_(self.mean, self.std, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Uniform:
 
     bound: float
 
-    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-        return torch.empty(shape).uniform_(-self.bound, self.bound, generator=generator)
+    def fill(self, out: torch.Tensor, generator: torch.Generator) -> None:
+        out.uniform_(-self.bound, self.bound, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Constant:
 
     value: float
 
-    def draw(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-        return torch.full(shape, self.value)
+    def fill(self, out: torch.Tensor, generator: torch.Generator) -> None:
+        out.fill_(self.value)
 
 
 Distribution = Normal | Uniform | Constant
@@ -93,8 +93,12 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 def _draw(target: torch.Tensor, parts: list[CanonicalPart], distribution: Distribution, key: int) -> None:
     """Fill the ``parts`` of ``target``, all of one canonical tensor, which is drawn whole."""
-    whole = distribution.draw(torch.Size(parts[0].shape), torch.Generator().manual_seed(key))
-    flat = target.view(-1)
+    generator, flat = torch.Generator().manual_seed(key), target.view(-1)
+    if parts[0].held == parts[0].numel and target.dtype == torch.float32:
+        distribution.fill(parts[0].of(flat).view(parts[0].shape), generator)
+        return
+    whole = torch.empty(parts[0].shape)
+    distribution.fill(whole, generator)
     for part in parts:
         part.of(flat).copy_(part.taken_from(whole))
 

@@ -20,6 +20,9 @@ from rxt_dist.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+# Where launchers say how many ranks a node has: torchrun, DeepSpeed, Slurm.
+_RANKS_OF_NODE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+
 # Ops that DeepSpeed would build with a C++ compiler on first use; none is needed here.
 _JIT_BUILT_OPS = ("deepspeed_shm_comm",)
 
@@ -82,12 +85,26 @@ def configure_deepspeed() -> None:
         deepspeed.ops.__compatible_ops__[name] = False
 
 
+def share_cores() -> None:
+    """Give this rank its share of the node's cores for work on the host, unless OMP_NUM_THREADS is set.
+
+    Else every rank starts as many threads as there are cores, and they wait for each other: two ranks on two
+    cores draw initial weights 13 times as slowly.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    stated = (os.environ.get(name, "") for name in _RANKS_OF_NODE)
+    ranks = next((int(text) for text in stated if text.isdigit()), 1)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, ranks)))
+
+
 def start_process_group(world: World, timeout_seconds: int) -> None:
     """Join the process group (NCCL on CUDA, else gloo).
 
     The timeout is also made torch's default because DeepSpeed creates its own groups without one, and
     those would wait 30 minutes for a dead peer whatever was asked for here.
     """
+    share_cores()
     configure_deepspeed()
     import deepspeed
 

@@ -1,8 +1,7 @@
 """What is used of Megatron-core, imported without the warnings about its optional packages.
 
 All of it is handed process groups and makes parameters on the device of the surrounding context, so that it
-runs on machines without CUDA as it is. The warning that is switched off asks for
-CUDA_DEVICE_MAX_CONNECTIONS=1, which docs/parallelism.md speaks of.
+runs on machines without CUDA as it is.
 """
 
 from __future__ import annotations
@@ -12,15 +11,12 @@ import warnings
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core.model_parallel_config import ModelParallelConfig
-    from megatron.core.tensor_parallel import layers
     from megatron.core.tensor_parallel.layers import (
         ColumnParallelLinear,
         RowParallelLinear,
         VocabParallelEmbedding,
     )
     from megatron.core.utils import get_pg_size
-
-layers.linear_with_grad_accumulation_and_async_allreduce.warned = True
 
 __all__ = [
     "ColumnParallelLinear",

@@ -6,14 +6,16 @@ each computes a part of all rows.
 
 | from | to | | forward | backward |
 |---|---|---|---|---|
-| whole | parts | :func:`enter_parts` | nothing | sum |
+| whole | parts | :func:`enter_parts`, :func:`entered_products` | nothing | sum |
 | parts | whole | :func:`leave_parts` | sum | nothing |
 | slices | parts | :func:`gather_slices`, :func:`gathered_products` | gather | sum, slice |
 | parts | slices | :func:`scatter_parts` | sum, slice | gather |
 | whole | slices | :func:`take_slice` | slice | gather |
 | slices | whole | :func:`join_slices` | gather | slice |
 
-Megatron-core has mappings like these, which run on CUDA devices only and on equal slices.
+Megatron-core has mappings like these, which run on CUDA devices only and on equal slices. Outside of compiled
+regions the exchanges of a backward pass are started before products that do not need them; inside, messages
+are operations of the graph, which the compiler orders (:func:`rxt_dist.kernels.compilation.set_compile`).
 
 Shape legend: N rows, R ranks of the group, c = ceil(N / R) rows of a slice; the last slices may be shorter
 or empty, n the rows of this rank's. D inputs and O outputs of a product, L layers.
@@ -26,6 +28,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as traceable
+import torch.nn.functional as F
 
 
 def enter_parts(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -71,6 +75,15 @@ def scatter_parts(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return out
 
 
+def entered_products(
+    x: torch.Tensor, matrices: Sequence[torch.Tensor], group: dist.ProcessGroup
+) -> tuple[torch.Tensor, ...]:
+    """``enter_parts(x) @ matrix.mT`` [N, O] for each of ``matrices`` [O, D]; or with ``x`` [L, N, D] and
+    matrices [L, O, D], [L, N, O]."""
+    out: tuple[torch.Tensor, ...] = _Products.apply(x, None, group, *matrices)  # type: ignore[no-untyped-call]
+    return out
+
+
 def gathered_products(
     x: torch.Tensor, matrices: Sequence[torch.Tensor], rows: int, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, ...]:
@@ -79,7 +92,7 @@ def gathered_products(
 
     For the backward pass only this rank's slice ``x`` is kept; the others are gathered again.
     """
-    out: tuple[torch.Tensor, ...] = _GatheredProducts.apply(x, rows, group, *matrices)  # type: ignore[no-untyped-call]
+    out: tuple[torch.Tensor, ...] = _Products.apply(x, rows, group, *matrices)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -98,6 +111,9 @@ def joined(x: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor
 
 def summed(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """A new tensor with the sum of ``x`` over the ranks; without gradient."""
+    if torch.compiler.is_compiling():
+        total: torch.Tensor = traceable.all_reduce(x.contiguous(), "sum", group)
+        return total
     out = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out, group=group)
     return out
@@ -109,10 +125,13 @@ Pending = Callable[[], torch.Tensor]
 
 def _start_join(x: torch.Tensor, rows: int, group: dist.ProcessGroup) -> Pending:
     """The slices of all ranks, [N, ...], of which ``x`` [n, ...] is this rank's."""
-    count, place = -(-rows // group.size()), slice_of(rows, group)
-    assert x.shape[0] == place.stop - place.start, (x.shape, rows)
-    own = _lengthened(x.contiguous(), count)
-    out = x.new_empty(group.size() * count, *x.shape[1:])
+    ranks = group.size()
+    count, place = -(-rows // ranks), slice_of(rows, group)
+    assert len(x) == place.stop - place.start, (len(x), rows)
+    own = _lengthened(x.contiguous(), count, ranks)
+    if torch.compiler.is_compiling():
+        return _ready(traceable.all_gather_tensor(own, 0, group)[:rows])
+    out = x.new_empty(ranks * count, *x.shape[1:])
     work = dist.all_gather_into_tensor(out, own, group=group, async_op=True) if out.numel() else None
     return _pending(work, out[:rows])
 
@@ -121,10 +140,20 @@ def _start_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
     """This rank's slice [n, ...] of the sum of ``x`` [N, ...] over the ranks."""
     rows, ranks = x.shape[0], group.size()
     count, own = -(-rows // ranks), slice_of(rows, group)
-    parts = _lengthened(x.contiguous(), ranks * count)
+    parts = _lengthened(x.contiguous(), ranks * count, ranks)
+    if torch.compiler.is_compiling():
+        out = traceable.reduce_scatter_tensor(parts, "sum", 0, group)
+        return _ready(out[: own.stop - own.start])
     out = x.new_empty(count, *x.shape[1:])
     work = dist.reduce_scatter_tensor(out, parts, group=group, async_op=True) if out.numel() else None
     return _pending(work, out[: own.stop - own.start])
+
+
+def _start_sum(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
+    """The sum of ``x`` over the ranks, perhaps in its place."""
+    if torch.compiler.is_compiling():
+        return _ready(summed(x, group))
+    return _pending(dist.all_reduce(x, group=group, async_op=True), x)
 
 
 def _pending(work: dist.Work | None, result: torch.Tensor) -> Pending:
@@ -136,9 +165,17 @@ def _pending(work: dist.Work | None, result: torch.Tensor) -> Pending:
     return wait
 
 
-def _lengthened(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """``x`` with rows of zeros at its end, as many as are missing to ``rows``."""
-    return x if x.shape[0] == rows else torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
+def _ready(result: torch.Tensor) -> Pending:
+    """Of an exchange that is an operation of a graph: the compiler puts the waiting where it has to be."""
+    return lambda: result
+
+
+def _lengthened(x: torch.Tensor, rows: int, ranks: int) -> torch.Tensor:
+    """``x`` with rows of zeros at its end, as many as are missing to ``rows``: less than ``ranks``."""
+    # A compiled region that asked would be made once for slices of equal length and once for others.
+    if not torch.compiler.is_compiling() and x.shape[0] == rows:
+        return x
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, ranks))[:rows]
 
 
 class _Enter(torch.autograd.Function):
@@ -206,31 +243,50 @@ class _ScatterParts(torch.autograd.Function):
         return _start_join(grads[0], ctx.rows, ctx.group)(), None
 
 
-class _GatheredProducts(torch.autograd.Function):
-    """Exchanges of the backward pass run beside its products."""
+class _Products(torch.autograd.Function):
+    """Of all rows with some matrices, where each rank has all ``rows`` (None) or its slice of so many.
+
+    Exchanges of the backward pass run beside its products.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, rows: int, group: dist.ProcessGroup, *matrices: torch.Tensor
+        ctx: Any, x: torch.Tensor, rows: int | None, group: dist.ProcessGroup, *matrices: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        ctx.rows, ctx.group = rows, group
+        ctx.sliced, ctx.group = rows is not None, group
         trains = any(ctx.needs_input_grad[3:])
         ctx.save_for_backward(x if trains else None, *matrices)
-        whole = _start_join(x.transpose(0, -2), rows, group)().transpose(0, -2)
+        whole = _start_whole(x, rows, group)()
         return tuple(torch.matmul(whole, matrix.mT) for matrix in matrices)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *matrices = ctx.saved_tensors
         need_x, _, _, *needed = ctx.needs_input_grad
-        whole = None if x is None else _start_join(x.transpose(0, -2), ctx.rows, ctx.group)
+        rows = grads[0].shape[-2] if ctx.sliced else None
+        whole = None if x is None else _start_whole(x, rows, ctx.group)
         own: Pending | None = None
         if need_x:
-            own = _start_scatter(_added_products(grads, matrices).transpose(0, -2), ctx.group)
+            total = _added_products(grads, matrices)
+            if rows is None:
+                own = _start_sum(total, ctx.group)
+            else:
+                own = _transposed(_start_scatter(total.transpose(0, -2), ctx.group))
         found: list[torch.Tensor | None] = [None] * len(grads)
         if whole is not None:
-            found = _weight_gradients(grads, whole().transpose(0, -2), needed)
-        return None if own is None else own().transpose(0, -2), None, None, *found
+            found = _weight_gradients(grads, whole(), needed)
+        return None if own is None else own(), None, None, *found
+
+
+def _start_whole(x: torch.Tensor, rows: int | None, group: dist.ProcessGroup) -> Pending:
+    """All rows, [N, D] or [L, N, D], of which ``x`` has all (``rows`` None) or this rank's slice."""
+    if rows is None:
+        return lambda: x
+    return _transposed(_start_join(x.transpose(0, -2), rows, group))
+
+
+def _transposed(pending: Pending) -> Pending:
+    return lambda: pending().transpose(0, -2)
 
 
 def _added_products(gradients: Sequence[torch.Tensor], matrices: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -29,6 +29,7 @@ from rxt_dist.parallel.megatron import (
 )
 from rxt_dist.parallel.regions import (
     enter_parts,
+    entered_products,
     gather_slices,
     gathered_products,
     leave_parts,
@@ -39,14 +40,31 @@ from rxt_dist.parallel.regions import (
 class Pass:
     """The pass of encoder or decoder that runs now, of whose rows each rank has a slice between products.
 
-    Attributes:
-        tokens: those of all slices; the embedding, with which every pass begins, sets them.
-        read: rows that each layer reads of a memory, or memory attention of the encoder, of all slices; the
-            decoder and memory attention set them.
+    Numbers are kept as sizes of tensors without values: the compiler takes a number that a module has for
+    one that does not change.
     """
 
-    tokens = 0
-    read = 0
+    def __init__(self) -> None:
+        self._tokens = self._read = torch.empty(0, 0)
+
+    @property
+    def tokens(self) -> int:
+        """Those of all slices; the embedding, with which every pass begins, sets them."""
+        return self._tokens.shape[0]
+
+    @tokens.setter
+    def tokens(self, rows: int) -> None:
+        self._tokens = torch.empty(rows, 0)
+
+    @property
+    def read(self) -> int:
+        """Rows that each layer reads of a memory, or memory attention of the encoder, of all slices; the
+        decoder and memory attention set them."""
+        return self._read.shape[0]
+
+    @read.setter
+    def read(self, rows: int) -> None:
+        self._read = torch.empty(rows, 0)
 
 
 class TensorRank(NamedTuple):
@@ -83,8 +101,7 @@ class TensorRank(NamedTuple):
         ``x`` [N, I] or [L, N, I] are tokens, or with ``of_memory`` what a layer reads besides its tokens.
         """
         if self.sliced is None:
-            rows = enter_parts(x, self.ranks)
-            return [torch.matmul(rows, matrix.mT) for matrix in matrices]
+            return entered_products(x, matrices, self.ranks)
         count = self.sliced.read if of_memory else self.sliced.tokens
         return gathered_products(x, matrices, count, self.ranks)
 
@@ -149,11 +166,8 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
         return dict.fromkeys(("weight", "bias"), linear_default(self.in_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._tensor.sliced is not None:
-            (own,) = self._tensor.products(x, [self.weight], of_memory=self._of_memory)
-            return own if self.bias is None else own + self.bias
-        out: torch.Tensor = super().forward(x)[0]
-        return out
+        (own,) = self._tensor.products(x, [self.weight], of_memory=self._of_memory)
+        return own if self.bias is None else own + self.bias
 
 
 class RowLinear(RowParallelLinear):  # type: ignore[misc]
@@ -186,11 +200,8 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
         return dict.fromkeys(("weight", "bias"), linear_default(self._whole_inputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._tensor.sliced is not None:
-            own = self._tensor.leave(F.linear(x, self.weight))
-            return own if self.bias is None else own + self.bias
-        out: torch.Tensor = super().forward(x)[0]
-        return out
+        own = self._tensor.leave(F.linear(x, self.weight))
+        return own if self.bias is None else own + self.bias
 
 
 class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]

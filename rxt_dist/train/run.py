@@ -101,7 +101,7 @@ def _run(arguments: argparse.Namespace, world: World) -> None:
     config = resolve(config, opened)
     check_splits(config, store)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    set_compile(config.runtime.compile)
+    set_compile(config.runtime.compile, with_messages=config.parallel.tensor_size > 1)
     set_attention_backend(config.runtime.attention_backend, world.device, dtype)
     tokenizer_folder = next(iter(opened.values())).tokenizer_folder()
     start_process_group(world, config.runtime.collective_timeout_seconds)

@@ -68,6 +68,7 @@ SLOW_CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "zero 2, accumulated": ("dp2-zero2", JOINT, {"batch.micro_packs": 2, "precision": "bf16"}),
     "zero 3, windows": ("dp2-zero3", SMAT, ALL_CUT),
     "compiled": ("ep2", JOINT, {"precision": "bf16", "runtime.compile": True}),
+    "compiled tensors": ("tp2-sp", JOINT, {"precision": "bf16", "runtime.compile": True}),
     "fp32 sums": ("dp2", JOINT, {"precision": "bf16", "zero.reduce_dtype": "fp32"}),
     "no scatter": ("dp2", JOINT, {f"{ZERO}.reduce_scatter": False}),
     "divided windows": ("tp2-ep2-sp", SMAT, {}),
@@ -218,8 +219,8 @@ def test_what_cannot_be_compiled_is_not() -> None:
     for name, compiled in {
         "dp2": True,
         "ep2-zero2": True,
-        "tp2": False,
-        "tp2-sp": False,
+        "tp2": True,
+        "tp2-sp": True,
         "dp2-zero3": False,
     }.items():
         mesh = parse_mesh(name, 2)

@@ -225,7 +225,7 @@ def test_fields_that_contradict_each_other(
 @pytest.mark.parametrize(
     ("field", "value", "need"),
     [
-        ("parallel.tensor_size", 2, "parallel.tensor_size 1, found 2"),
+        ("precision", "fp32", "precision bf16, precision is fp32"),
         ("zero.stage", 3, "zero.stage 1 or 2, found 3"),
     ],
 )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.datasets import Datasets
-from helpers.launch import deepspeed, run_ranks
+from helpers.launch import deepspeed, start_ranks
 from helpers.runs import arguments, metrics, relative
 
 LOSS_BOUND, NORM_BOUND = 1e-3, 5e-3
@@ -33,6 +33,10 @@ MESHES: dict[str, dict[str, Any]] = {
     "divided tokens": {"parallel.tensor_size": 2, "parallel.sequence_parallel": True, "zero.stage": 2},
     "experts": {"parallel.expert_size": 2},
     "both": {"parallel.tensor_size": 2, "parallel.expert_size": 2, "zero.stage": 2},
+}
+COMPILED = {
+    "compiled tensors": MESHES["tensors"] | {"runtime.compile": True},
+    "compiled, all divided": MESHES["divided tokens"] | {"parallel.expert_size": 2, "runtime.compile": True},
 }
 DEVICES = [
     "cpu",
@@ -54,18 +58,21 @@ def logged(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> Runs
     @cache
     def found(device: str, ranks: int, mesh: str) -> list[dict[str, Any]]:
         folder: Path = tmp_path_factory.mktemp("bf16")
-        command = arguments(datasets, "run", SETTINGS | (MESHES[mesh] if ranks > 1 else {}))
+        command = arguments(datasets, "run", SETTINGS | ((MESHES | COMPILED)[mesh] if ranks > 1 else {}))
         if device == "cuda":
             deepspeed(ranks, command, folder, timeout=600.0, gpus=True).check()
         else:
-            run_ranks(ranks, command, folder).check()
+            with start_ranks(ranks, command, folder) as started:
+                started.wait(timeout=900.0).check()
         return metrics(folder / "run")
 
     return found
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh", [*MESHES, *(pytest.param(name, marks=pytest.mark.slow) for name in COMPILED)]
+)
 def test_two_ranks_follow_one_rank_up_to_rounding(logged: Runs, device: str, mesh: str) -> None:
     alone, together = logged(device, 1, "alone"), logged(device, 2, mesh)
     assert len(alone) == len(together) == 10

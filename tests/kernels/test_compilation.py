@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.config as dynamo
 import torch._inductor.config as inductor
 import torch.fx.experimental._config as symbols
 from helpers.lanes import MemoryPieces, lane_config, lane_module, random_conversations, windows
@@ -75,6 +76,13 @@ def test_regions_run_compiled_in_training_steps(compiler: Compiler) -> None:
 @pytest.mark.usefixtures("compiler")
 def test_own_kernels_are_started_as_those_of_the_compiler() -> None:
     assert inductor.static_launch_user_defined_triton_kernels
+
+
+@pytest.mark.parametrize("with_messages", [True, False])
+def test_ranks_that_exchange_rows_never_stop_compiling(compiler: Compiler, with_messages: bool) -> None:
+    set_compile(True, with_messages=with_messages)
+    assert dynamo.fail_on_recompile_limit_hit is with_messages
+    assert inductor.reorder_for_compute_comm_overlap is with_messages
 
 
 def test_kernels_run_compiled_always(compiler: Compiler) -> None:
