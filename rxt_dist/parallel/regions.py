@@ -130,7 +130,7 @@ def _start_join(x: torch.Tensor, rows: int, group: dist.ProcessGroup) -> Pending
     assert len(x) == place.stop - place.start, (len(x), rows)
     own = _lengthened(x.contiguous(), count, ranks)
     if torch.compiler.is_compiling():
-        return _ready(traceable.all_gather_tensor(own, 0, group)[:rows])
+        return _pending(None, traceable.all_gather_tensor(own, 0, group)[:rows])
     out = x.new_empty(ranks * count, *x.shape[1:])
     work = dist.all_gather_into_tensor(out, own, group=group, async_op=True) if out.numel() else None
     return _pending(work, out[:rows])
@@ -143,7 +143,7 @@ def _start_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
     parts = _lengthened(x.contiguous(), ranks * count, ranks)
     if torch.compiler.is_compiling():
         out = traceable.reduce_scatter_tensor(parts, "sum", 0, group)
-        return _ready(out[: own.stop - own.start])
+        return _pending(None, out[: own.stop - own.start])
     out = x.new_empty(count, *x.shape[1:])
     work = dist.reduce_scatter_tensor(out, parts, group=group, async_op=True) if out.numel() else None
     return _pending(work, out[: own.stop - own.start])
@@ -152,22 +152,19 @@ def _start_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
 def _start_sum(x: torch.Tensor, group: dist.ProcessGroup) -> Pending:
     """The sum of ``x`` over the ranks, perhaps in its place."""
     if torch.compiler.is_compiling():
-        return _ready(summed(x, group))
+        return _pending(None, summed(x, group))
     return _pending(dist.all_reduce(x, group=group, async_op=True), x)
 
 
 def _pending(work: dist.Work | None, result: torch.Tensor) -> Pending:
+    """Of what ``work`` brings; None: nothing, or an operation of a graph, which the compiler waits for."""
+
     def wait() -> torch.Tensor:
         if work is not None:
             work.wait()
         return result
 
     return wait
-
-
-def _ready(result: torch.Tensor) -> Pending:
-    """Of an exchange that is an operation of a graph: the compiler puts the waiting where it has to be."""
-    return lambda: result
 
 
 def _lengthened(x: torch.Tensor, rows: int, ranks: int) -> torch.Tensor:

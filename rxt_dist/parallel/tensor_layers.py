@@ -1,4 +1,5 @@
-"""Linear maps and the embedding, shared by tensor-parallel ranks: Megatron-core's layers with plain results.
+"""Linear maps and the embedding, shared by tensor-parallel ranks: Megatron-core's layers, whose linear maps
+compute by :mod:`rxt_dist.parallel.regions`.
 
 A column-parallel map holds some of its outputs, a row-parallel one some of its inputs (Shoeybi et al., 2019:
 Megatron-LM). Which ones they are of the whole map is what :meth:`cuts` says; that is all that initial values

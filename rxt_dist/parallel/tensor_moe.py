@@ -117,10 +117,9 @@ class TensorSharedExperts(SharedExperts):
         hidden = hidden.view(-1, count, inner)
         if self.b_in is not None:
             hidden = hidden + self.b_in
-        hidden = activate(hidden, self.activation, self.gated)
-        out = torch.matmul(hidden.transpose(0, 1), self.w_out.transpose(1, 2))  # [S, N, D]
-        weights = share.to(out.dtype)
-        mixed = self._tensor.leave((out * self._tensor.enter(weights).T[..., None]).sum(dim=0))
+        weights = share.to(x.dtype)
+        hidden = activate(hidden, self.activation, self.gated) * self._tensor.enter(weights)[..., None]
+        mixed = self._tensor.leave(hidden.flatten(1) @ self.w_out.transpose(1, 2).flatten(0, 1))
         if self.b_out is not None:
             mixed = mixed + weights @ self.b_out
         if self.output_bias is not None:

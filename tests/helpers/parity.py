@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.expert_cases import CLIP, STEPS, VARIANTS, Case, Plain, run_on_ranks
+from helpers.expert_cases import CLIP, STEPS, VARIANTS, Case, run_on_ranks
 from helpers.launch import run_function
+from helpers.plain_steps import Plain
 
 from rxt_dist.model.canonical import named_tensors
 
