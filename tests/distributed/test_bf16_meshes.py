@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.datasets import Datasets
-from helpers.launch import deepspeed, start_ranks
+from helpers.launch import deepspeed, run_ranks
 from helpers.runs import arguments, metrics, relative
 
 LOSS_BOUND, NORM_BOUND = 1e-3, 5e-3
@@ -62,8 +62,7 @@ def logged(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> Runs
         if device == "cuda":
             deepspeed(ranks, command, folder, timeout=600.0, gpus=True).check()
         else:
-            with start_ranks(ranks, command, folder) as started:
-                started.wait(timeout=900.0).check()
+            run_ranks(ranks, command, folder, timeout=900.0).check()
         return metrics(folder / "run")
 
     return found

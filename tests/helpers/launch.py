@@ -158,10 +158,17 @@ def _fork(function: Callable[..., None], arguments: tuple[object, ...]) -> ForkS
     return process
 
 
-def run_ranks(count: int, arguments: list[str], folder: Path, *, launcher: bool = True) -> Result:
+def run_ranks(
+    count: int,
+    arguments: list[str],
+    folder: Path,
+    timeout: float = TIMEOUT_SECONDS,
+    *,
+    launcher: bool = True,
+) -> Result:
     """Run the program on ``count`` ranks to its end."""
     with start_ranks(count, arguments, folder, launcher=launcher) as ranks:
-        return ranks.wait()
+        return ranks.wait(timeout)
 
 
 def _run_program(arguments: list[str], variables: Mapping[str, str], folder: Path, log: Path) -> None:

@@ -51,7 +51,7 @@ def prepared(overrides: Sequence[str], folder: Path, world: World) -> Iterator[R
     config, stages = read_config("tiny", [*SMALL, *overrides], None)
     arguments = argparse.Namespace(lengths=["12", "64"], interactions=3, folder=folder)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    set_compile(config.runtime.compile, with_messages=config.parallel.tensor_size > 1)
+    set_compile(config.runtime.compile)
     set_attention_backend(config.runtime.attention_backend, world.device, dtype)
     with datasets(config, stages, world, 40, arguments) as run:
         yield run
