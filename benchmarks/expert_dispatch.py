@@ -14,7 +14,8 @@ one:
     route            logits, softmax, the best experts of each token
     sort             rows by expert, where each expert's run ends; with expert ranks, tokens by rank too
     permute          rows into that order
-    counts           how many tokens each rank gets; the host waits here
+    counts           how many tokens each rank gets; the host waits here, and where all tokens travel for the
+                     number of rows before it regroups them, which the layer does not
     send             tokens to the other ranks that have experts of theirs
     regroup          rows of what came, and of what stayed, by expert
     experts          the grouped products
@@ -48,11 +49,13 @@ from rxt_dist.config import RunConfig, load_config
 from rxt_dist.errors import ConfigError, TrainingError, exit_with_message
 from rxt_dist.kernels.combine import combine_rows
 from rxt_dist.kernels.grouped_gemm import grouped_linear
-from rxt_dist.kernels.permute import add_rows, copy_rows, repeat_permuted
+from rxt_dist.kernels.permute import repeat_permuted
 from rxt_dist.model.initialisation import initialise
 from rxt_dist.model.moe import ExpertOrder, Experts, MoE
 from rxt_dist.parallel.bootstrap import World
-from rxt_dist.parallel.experts import ExpertParallel, Traffic, back, there
+from rxt_dist.parallel.expert_messages import PassSizes, add_up, back, lay_out, there, to_host
+from rxt_dist.parallel.experts import ExpertParallel
+from rxt_dist.parallel.groups import open_hosts, own_group
 from rxt_dist.parallel.mesh import Mesh
 
 STEPS = ("route", "sort", "permute", "counts", "send", "regroup", "experts", "return", "combine")
@@ -72,9 +75,9 @@ def build_layer(config: RunConfig, world: World) -> MoE:
         )
         mesh = Mesh(world.size, **config.parallel.model_dump())
         if mesh.expert_size > 1:
-            groups = [dist.new_group(list(ranks)) for ranks in mesh.expert_groups()]
-            own = groups[mesh.coordinates(world.rank).edp]
-            layer.experts = ExpertParallel(layer.experts, part.moe.top_k, mesh, world.rank, own)
+            own = own_group(mesh.expert_groups(), world.rank)
+            sizes = PassSizes(open_hosts(mesh, world.rank))
+            layer.experts = ExpertParallel(layer.experts, part.moe.top_k, mesh, world.rank, own, sizes)
     layer.to_empty(device="cpu")
     layer.router.reset_statistics()
     initialise(layer, config.seed)
@@ -93,18 +96,21 @@ def routed(layer: MoE, x: torch.Tensor, clock: Clock) -> torch.Tensor:
     leaving = experts.depart(routing.experts, routing.weights, active=True)
     staying = ExpertOrder.of_some(routing.experts, experts.held)
     clock.mark("sort")
-    laid_out = copy_rows(x, leaving.order, leaving.inverse, experts.group.size() - 1)
+    copies = experts.group.size() - 1
+    laid_out = lay_out(x, leaving.order, leaving.inverse, copies)
     clock.mark("permute")
-    traffic = Traffic.start(leaving.counts, experts.group)()
+    traffic = experts.start(x, leaving)()
     clock.mark("counts")
     choices, tokens = (there(rows, traffic).arrived() for rows in (leaving.choices, laid_out))
     clock.mark("send")
-    weights, order = experts.arrive(choices, routing.weights.dtype)
-    sums = computed(experts, tokens, order.first(traffic.coming), weights, "regroup", clock)
-    own = computed(experts, x, staying.first(traffic.staying), routing.weights, "regroup", clock)
+    weights, chosen = experts.arrive(choices, routing.weights.dtype)
+    coming = ExpertOrder.of_some(chosen, experts.held)
+    rows = traffic.rows or to_host(torch.cat([staying.count, coming.count]))()[0]
+    sums = computed(experts, tokens, coming.first(rows[1]), weights, "regroup", clock)
+    own = computed(experts, x, staying.first(rows[0]), routing.weights, "regroup", clock)
     sums = back(sums, traffic).arrived()
     clock.mark("return")
-    out = add_rows(sums, leaving.inverse, len(traffic.sent) - 1, own)
+    out = own + add_up(sums, leaving.inverse, copies)
     clock.mark("combine")
     return out
 

@@ -50,14 +50,15 @@ def activate_rows(
 
     Args:
         hidden: [n, W], rows sorted by expert; bias: [E, W] of the same dtype, or None.
-        offsets: int32 [E], the end of each expert's rows, ``offsets[-1] == n``; expert_of_row: int64 [n].
+        offsets: int32 [E], the end of each expert's rows; expert_of_row: int64 [n]. ``offsets[-1] == n``, or
+            less where Triton's kernels run, and what is behind is undefined.
 
     Returns:
         [n, F]. The gradient of the bias adds up the rows of an expert in the same order every time; experts
         without rows get exact zeros.
     """
     if uses_triton(hidden) and hidden.shape[0]:
-        return _fused(hidden, bias, offsets, activation, gated)
+        return _fused(hidden, bias, offsets[-1:] if bias is None else offsets, activation, gated)
     if bias is not None:
         hidden = add_group_bias(hidden, bias, offsets, expert_of_row)
     return activate(hidden, activation, gated)
@@ -88,7 +89,6 @@ class _ActivateRows(torch.autograd.Function):
     ) -> torch.Tensor:
         hidden = hidden.contiguous()
         bias = None if bias is None else bias.contiguous()
-        offsets = None if bias is None else offsets
         ctx.activation, ctx.gated = activation, gated
         ctx.save_for_backward(hidden, bias, offsets)
         return activate_forward(hidden, bias, offsets, activation, gated)

@@ -24,7 +24,8 @@ def activate_forward(
     activation: str,
     gated: bool,
 ) -> torch.Tensor:
-    """Contiguous ``hidden`` [n, W], n > 0, and ``bias`` [E, W] with ``offsets`` int32 [E] -> [n, F]."""
+    """Contiguous ``hidden`` [n, W], n > 0, and ``bias`` [E, W] with ``offsets`` int32 [E] -> [n, F]. Without
+    a bias ``offsets`` is the last one, [1], or None: n."""
     rows, hidden_width = hidden.shape
     width = hidden_width // 2 if gated else hidden_width
     out = hidden.new_empty(rows, width)
@@ -91,7 +92,7 @@ def _slope(x, ACTIVATION: tl.constexpr):
 def _activate_forward(
     hidden,  # [rows, HIDDEN]
     bias,  # [E, HIDDEN] or None
-    offsets,  # [E], or None as bias
+    offsets,  # [E], or None
     out,  # [rows, WIDTH]
     rows,
     WIDTH: tl.constexpr,
@@ -138,7 +139,7 @@ def _activate_backward(
     grad,  # [rows, WIDTH]
     hidden,  # [rows, HIDDEN]
     bias,  # [E, HIDDEN] or None
-    offsets,  # [E], or None as bias
+    offsets,  # [E], or None
     grad_hidden,  # [rows, HIDDEN]
     segments,  # fp32 [blocks, HIDDEN] or None
     rows,

@@ -60,15 +60,14 @@ def combine_backward(
     count, width = order.shape[0], grad.shape[1]
     grad_rows = grad.new_empty(count, width)
     grad_weights = None
-    if rows is not None:  # slots without a row are written by nobody
-        partial = count != weights.numel()
-        grad_weights = torch.zeros_like(weights) if partial else torch.empty_like(weights)
+    if rows is not None:
+        grad_weights = torch.zeros_like(weights)  # slots without a row are written by nobody
     segments = new_segments(count, _ROWS, bias) if bias is not None and bias_needs_grad else None
     columns = max(64, 1 << (int(width) - 1).bit_length())
     blocks, experts = blocks_of_runs(count, _ROWS, bias)
     _combine_backward[(blocks,)](
-        grad, rows, bias, weights, order, None if bias is None else offsets, grad_rows, grad_weights,
-        segments, count, WIDTH=width, COPIES=weights.shape[1], BLOCK=_ROWS, COLUMNS=columns,
+        grad, rows, bias, weights, order, offsets[-1:] if bias is None else offsets, grad_rows, grad_weights,
+        segments, WIDTH=width, COPIES=weights.shape[1], BLOCK=_ROWS, COLUMNS=columns,
         ROWS=max(1, min(16, _CELLS // columns)), num_warps=4, **experts,
     )  # fmt: skip
     if bias is None or segments is None:
@@ -145,11 +144,10 @@ def _combine_backward(
     bias,  # [E, WIDTH] or None
     weights,  # [tokens, COPIES]
     order,  # [count]
-    offsets,  # [E], or None as bias
+    offsets,  # [E]
     grad_rows,  # [count, WIDTH]
     grad_weights,  # [tokens, COPIES] or None, 0 where a slot has no row
     segments,  # fp32 [blocks, WIDTH] or None
-    count,
     WIDTH: tl.constexpr,
     COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -160,11 +158,8 @@ def _combine_backward(
 ):
     block = tl.program_id(0)
     number = tl.arange(0, EXPERTS)
-    begins = tl.zeros([EXPERTS], tl.int32)
-    ends = begins + count
-    if offsets is not None:
-        begins = tl.load(offsets + number - 1, mask=(number > 0) & (number < E), other=0)
-        ends = tl.load(offsets + number, mask=number < E, other=0)
+    begins = tl.load(offsets + number - 1, mask=(number > 0) & (number < E), other=0)
+    ends = tl.load(offsets + number, mask=number < E, other=0)
     expert, start, end, used = block_of_run(begins, ends, block, E, BLOCK)
     if used:
         column = tl.arange(0, COLUMNS)

@@ -25,6 +25,7 @@ if HAS_TRITON:
 
 _ONES = 8
 """Columns of ones beside the rows: their product is the bias' gradient. GPUs like multiples of 8."""
+_MULTIPLE = 1024
 Wanted = tuple[bool, bool, bool]
 """Which gradients somebody asks for: of hidden, weight and bias."""
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -71,6 +72,20 @@ def linear_cross_entropy(
     return loss, correct
 
 
+def parts(rows: int, chunk: int) -> Iterator[tuple[slice, int]]:
+    """Slices of ``rows``, at most ``chunk`` each, and how many rows of each the slice before it has too.
+
+    The last one begins early enough to have a multiple of 1024 rows, or ``chunk``. Masked rows are another
+    number in every step; for products of another size cuBLAS takes other kernels, and a new one is loaded
+    only when the device has done everything, which then waits for the host.
+    """
+    for start in range(0, rows, chunk):
+        end = min(rows, start + chunk)
+        wanted = min(chunk, -(-(end - start) // _MULTIPLE) * _MULTIPLE)
+        begin = end - wanted if wanted <= end else start
+        yield slice(begin, end), start - begin
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -87,13 +102,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         hits = torch.empty(len(hidden), dtype=torch.int32, device=hidden.device)
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
+        for part, repeated in parts(len(hidden), chunk):
             logits = project(hidden[part], weight, bias, buffer)
             multiplies = any(wanted) and not _repeated
             gradient = _score_rows(logits, targets[part], losses[part], hits[part], multiplies)
             if gradient is not None:
-                gradients.add(part, gradient)
+                gradients.add(part, gradient, repeated)
         ctx.kept = wanted, hidden.shape[1], weight.dtype
         ctx.save_for_backward(gradients.hidden, gradients.parameters)
         correct = hits.sum()
@@ -137,12 +151,14 @@ class ProjectionGradients:
             width = self._factors.shape[1]
             self.parameters = torch.zeros(len(weight), width, dtype=torch.float32, device=weight.device)
 
-    def add(self, part: slice, gradient: torch.Tensor) -> None:
-        """Take in rows ``part``, whose logits of the first V of the vocabulary have ``gradient`` [C, V]."""
+    def add(self, part: slice, gradient: torch.Tensor, repeated: int = 0) -> None:
+        """Take in rows ``part``, whose logits of the first V of the vocabulary have ``gradient`` [C, V]. The
+        first ``repeated`` of its rows were taken in before, and are overwritten."""
         vocabulary = gradient.shape[1]
         if self.hidden is not None:
             torch.mm(gradient, self._weight[:vocabulary], out=self.hidden[part])
         if self.parameters is not None:
+            gradient[:repeated] = 0  # counted before
             _add_product(self.parameters[:vocabulary], gradient.T, self._factors[part])
 
 

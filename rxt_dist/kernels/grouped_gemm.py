@@ -18,7 +18,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor)
 
     Args:
         x: [n, I], rows sorted by group; weight: [E, O, I] of the same dtype.
-        offsets: int32 [E], the end of each group; ``offsets[-1] == n`` (rows beyond it are undefined).
+        offsets: int32 [E], the end of each group; ``offsets[-1] <= n`` (rows beyond it are undefined).
 
     Returns:
         [n, O]. Groups may be empty; their weight gradient is exact zeros.

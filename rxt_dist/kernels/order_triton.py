@@ -20,16 +20,17 @@ _BLOCKS = 4096
 
 
 def counting_sort(
-    keys: torch.Tensor, count: int, first: int = 0, *, others: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    keys: torch.Tensor, count: int, first: int = 0, *, others: bool = False, room: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sort ``keys``, int64 or int32 of any shape (flattened to [n]), in three kernels.
 
     They are in [``first``, ``first + count``). Where there may be ``others``, these are sorted behind, as one
-    key.
+    key. Rows that would be sorted beyond ``room`` count as others.
 
     Returns:
         (order int64 [n], sorted row i is row ``order[i]``; its inverse int64 [n], -1 for the others; sorted
-        keys int64 [n], numbered from 0; end of each key's run, int32 [E], without the others).
+        keys int64 [n], numbered from 0; end of each key's run, int32 [E], ``room`` at most; int32 [1], rows
+        that are no others, with and without room).
     """
     keys, copies = _lines(keys)
     rows = keys.numel()
@@ -38,20 +39,21 @@ def counting_sort(
     order, inverse, ordered = (keys.new_empty(rows, dtype=torch.int64) for _ in range(3))
     kinds, blocks = upto.shape
     ends = upto.new_empty(kinds)
-    _add_blocks[(kinds,)](upto, starts, ends, blocks, S=_BLOCKS, num_warps=8)
+    room = rows if room is None else room
+    _add_blocks[(kinds,)](upto, starts, ends, blocks, room, COUNT=count, S=_BLOCKS, num_warps=8)
     _place[(blocks,)](
-        keys, starts, order, inverse, ordered, rows, keys.stride(0), blocks, FIRST=first, COUNT=count,
+        keys, starts, order, inverse, ordered, rows, keys.stride(0), blocks, room, FIRST=first, COUNT=count,
         OTHERS=others, COPIES=copies, R=_ROWS,
     )  # fmt: skip
-    return order, inverse, ordered, ends[:count]
+    return order, inverse, ordered, ends[:count], ends[-1:]
 
 
 def count_keys(keys: torch.Tensor, count: int) -> torch.Tensor:
-    """The last result of :func:`counting_sort` alone, in two kernels."""
+    """Ends of the keys' runs as :func:`counting_sort` finds them, alone, in two kernels."""
     keys, copies = _lines(keys)
     upto = _counts(keys, copies, count, 0, others=False)
     ends = upto.new_empty(count)
-    _add_blocks[(count,)](upto, None, ends, upto.shape[1], S=_BLOCKS, num_warps=8)
+    _add_blocks[(count,)](upto, None, ends, upto.shape[1], keys.numel(), COUNT=count, S=_BLOCKS, num_warps=8)
     return ends
 
 
@@ -112,9 +114,9 @@ def _count(
 
 
 @triton.jit
-def _add_blocks(upto, starts, ends, blocks, S: tl.constexpr):
-    """Where each run ends, and ``starts`` [E, B]: where the rows of a block with key e would begin if all
-    rows of the block with smaller keys came before them."""
+def _add_blocks(upto, starts, ends, blocks, room, COUNT: tl.constexpr, S: tl.constexpr):
+    """Where each run ends and the others begin, and ``starts`` [E, B]: where the rows of a block with key e
+    would begin if all rows of the block with smaller keys came before them."""
     key = tl.program_id(0)
     line = tl.arange(0, S)
     place = upto + key * blocks
@@ -127,7 +129,7 @@ def _add_blocks(upto, starts, ends, blocks, S: tl.constexpr):
         end += tl.load(place + block, mask=block < blocks, other=0)
         below += tl.load(place - blocks + block, mask=(block < blocks) & (key > 0), other=0)
         start += S
-    tl.store(ends + key, tl.sum(end, 0))
+    tl.store(ends + key, tl.where(key < COUNT, tl.minimum(tl.sum(end, 0), room), tl.sum(below, 0)))
     if starts is not None:
         begin = tl.sum(below, 0)
         start = 0
@@ -151,6 +153,7 @@ def _place(
     rows,
     pitch,
     blocks,
+    room,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
     OTHERS: tl.constexpr,
@@ -167,6 +170,6 @@ def _place(
     sorting = tl.where(known, key, COUNT + OTHERS) * R + number  # distinct, in the order of the sorted rows
     before = tl.sum((sorting[:, None] < sorting[None, :]).to(tl.int32), 0)
     place = tl.load(starts + key * blocks + block, mask=known, other=0) + before
-    tl.store(inverse + row, tl.where(key < COUNT, place, -1).to(tl.int64), mask=known)
+    tl.store(inverse + row, tl.where((key < COUNT) & (place < room), place, -1).to(tl.int64), mask=known)
     tl.store(order + place, row.to(tl.int64), mask=known)
     tl.store(ordered + place, key.to(tl.int64), mask=known)

@@ -87,14 +87,11 @@ def _repeat(x: torch.Tensor, order: torch.Tensor, copies: int) -> torch.Tensor:
     return x.index_select(0, source)
 
 
-def add_rows(
-    x: torch.Tensor, inverse: torch.Tensor, copies: int, base: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Of :func:`add_permuted`, added to ``base`` [N, ...], without a gradient."""
+def add_rows(x: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+    """Of :func:`add_permuted`, without a gradient."""
     if x.ndim == 2 and x.shape[0] and uses_triton(x):
-        return combine_forward(x.contiguous(), None, None, inverse, None, copies, base)
-    sums = _sums(x, inverse, copies)
-    return sums if base is None else base + sums
+        return combine_forward(x.contiguous(), None, None, inverse, None, copies)
+    return _sums(x, inverse, copies)
 
 
 def _sums(x: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:

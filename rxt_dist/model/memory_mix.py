@@ -109,9 +109,10 @@ class _MixAndNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        given = (*ctx.saved_tensors, *(grads[k].contiguous() for k in (0, 1, 3)))
+        saved = ctx.saved_tensors  # once: what is computed again is given away then
+        given = (*saved, *(grads[k].contiguous() for k in (0, 1, 3)))
         grad, grad_shares, grad_weight = mix_and_norm_backward(ctx.offset, *given)
-        product, shares = ctx.saved_tensors[1], ctx.saved_tensors[3]
+        product, shares = saved[1], saved[3]
         grad_update = ((ctx.offset + shares).unsqueeze(-1) * grad).to(product.dtype).view(product.shape)
         return None, grad_update, None, None, grad_shares, grad_weight, None, None
 

@@ -70,12 +70,14 @@ class ExpertOrder:
         order: int64 [n], row i of the sorted rows is slot ``order[i]`` of the flattened [N, K].
         inverse: int64 [N * K], the row of each slot; -1: it has none.
         expert_of_row: int64 [n], ascending; offsets: int32 [E], the end of each expert's run.
+        count: int32 [1], rows that there would be with room for all.
     """
 
     order: torch.Tensor
     inverse: torch.Tensor
     expert_of_row: torch.Tensor
     offsets: torch.Tensor
+    count: torch.Tensor
 
     @classmethod
     def of(cls, experts: torch.Tensor, num_experts: int) -> ExpertOrder:
@@ -87,25 +89,32 @@ class ExpertOrder:
         inverse = torch.empty_like(order).scatter_(0, order, rows)
         numbers = torch.arange(num_experts, device=order.device)
         offsets = torch.searchsorted(expert_of_row, numbers, right=True, out_int32=True)
-        return cls(order, inverse, expert_of_row, offsets)
+        return cls(order, inverse, expert_of_row, offsets, offsets[-1:])
 
     @classmethod
-    def of_some(cls, experts: torch.Tensor, held: range) -> ExpertOrder:
+    def of_some(cls, experts: torch.Tensor, held: range, room: int | None = None) -> ExpertOrder:
         """Sort the slots of which the expert is one of ``held``, numbered from 0, and leave out the others.
 
-        ``experts``: int64 or int32 of any shape (flattened to [N * K]). Rows beyond the last offset, of the
-        other slots, mean nothing: cut them off with :meth:`first`.
+        Rows beyond the last offset, of the other slots, mean nothing.
+
+        Args:
+            experts: int64 or int32 of any shape (flattened to [N * K]).
+            room: n, the most rows; slots that find no room are left out. None: N * K.
         """
         if uses_triton(experts):
-            return cls(*counting_sort(experts, len(held), held.start, others=True))
-        numbers = experts - held.start
-        kept = (numbers >= 0) & (numbers < len(held))
-        every = cls.of(torch.where(kept, numbers, len(held)).long(), len(held) + 1)
-        inverse = torch.where(every.inverse < every.offsets[-2], every.inverse, -1)
-        return cls(every.order, inverse, every.expert_of_row, every.offsets[:-1])
+            found = cls(*counting_sort(experts, len(held), held.start, others=True, room=room))
+        else:
+            numbers = experts - held.start
+            kept = (numbers >= 0) & (numbers < len(held))
+            every = cls.of(torch.where(kept, numbers, len(held)).long(), len(held) + 1)
+            count, most = every.offsets[-2:-1], experts.numel() if room is None else room
+            inverse = torch.where(every.inverse < count.clamp_max(most), every.inverse, -1)
+            offsets = every.offsets[:-1].clamp_max(most)
+            found = cls(every.order, inverse, every.expert_of_row, offsets, count)
+        return found if room is None else found.first(room)
 
     def first(self, count: int) -> ExpertOrder:
-        """The first ``count`` rows; it is the last offset, which the host need not read then."""
+        """The first ``count`` rows, behind which there is none."""
         return replace(self, order=self.order[:count], expert_of_row=self.expert_of_row[:count])
 
 
@@ -231,10 +240,18 @@ class Experts(nn.Module):
 
     def leave(self, hidden: torch.Tensor, order: ExpertOrder, weights: torch.Tensor) -> torch.Tensor:
         """What forward returns, of ``hidden`` [n, F]."""
-        rows = grouped_linear(hidden, self.w_out, order.offsets)
-        return combine_rows(
-            rows, self.b_out, weights, order.order, order.inverse, order.offsets, order.expert_of_row
-        )
+        return self.combine(grouped_linear(hidden, self.w_out, order.offsets), order, weights)
+
+    def combine(
+        self,
+        rows: torch.Tensor,
+        order: ExpertOrder,
+        weights: torch.Tensor,
+        base: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Weighted sums [N, D] of second products [n, D], added to ``base`` [N, D]."""
+        where = order.order, order.inverse, order.offsets, order.expert_of_row
+        return combine_rows(rows, self.b_out, weights, *where, base)
 
 
 class SharedExperts(nn.Module):

@@ -1,13 +1,20 @@
 """Experts spread over ranks: every token travels once to each other rank that has one of its experts.
 
 It takes the numbers and weights of its experts along. The rank adds up what its experts make of the token,
-and one row goes back; where the token came from, these sums are added. The ranks first tell each other how
-much they will send; those numbers are the only thing the host waits for.
+and one row goes back; where the token came from, these sums are added. The sizes of messages are told in one
+of two ways:
+
+- Where few tokens would stay away from a rank (:func:`rxt_dist.parallel.dispatch.all_travel`), all of them go
+  there. Then ranks tell each other how many they have once a pass, and the host waits for no device. For
+  the rows of its experts a rank takes the room that they have needed before; when the host hears how many
+  there were, it has already given the device all of the layer's products. If the room was too small they are
+  done once more, with as much as is needed. The first pass counts first.
+- Else the ranks first tell each other how much they will send, and the host waits for those numbers.
 
 What a rank's own experts do for its own tokens needs no message, and is done while messages travel: first
-products while the host learns the numbers and starts messages, activations while tokens come, second products
-while sums go back. The backward pass mirrors this: autograd runs later calls first, so that the gradients of
-second products are computed while gradients of sums come, the others while gradients of tokens go back.
+products while the host starts messages, activations while tokens come, second products while sums go back.
+The backward pass mirrors this: autograd runs later calls first, so that the gradients of second products are
+computed while gradients of sums come, the others while gradients of tokens go back.
 
 Messages go between first products and activations because a grouped product fills the device with blocks that
 stay to its end: those that find their place taken by a message start when others are done, and the product
@@ -20,11 +27,9 @@ gets, n rows of its experts: pairs of a token and one of its experts.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,11 +37,27 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from rxt_dist.kernels.compilation import compiled_kernel
-from rxt_dist.kernels.permute import add_rows, copy_rows
+from rxt_dist.kernels.grouped_gemm import grouped_linear
+from rxt_dist.kernels.triton_support import uses_triton
 from rxt_dist.model.balance import count_experts
 from rxt_dist.model.canonical import Cut
 from rxt_dist.model.moe import ExpertOrder, Experts
+from rxt_dist.parallel.dispatch import all_travel
+from rxt_dist.parallel.expert_messages import (
+    PassSizes,
+    Traffic,
+    Trip,
+    answered,
+    arriving,
+    coming_back,
+    lay_out,
+    sending,
+    sending_back,
+    there,
+    to_host,
+)
 from rxt_dist.parallel.mesh import Mesh
+from rxt_dist.parallel.rooms import Rooms
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,120 +66,22 @@ class Departure:
 
     Attributes:
         order: int64 [N * min(R - 1, K)], of which the first s are the tokens for each other rank, rank by
-            rank, as slots of the flattened [N, R - 1].
-        inverse: int64 [N * (R - 1)], where there is each of these slots; -1: nowhere.
+            rank, as slots of the flattened [N, R - 1]. None: all tokens for each rank.
+        inverse: int64 [N * (R - 1)], where there is each of these slots; -1: nowhere. None as ``order``.
         counts: int64 [R, 3], for each rank its tokens (of this one none), its experts' rows, and whether this
-            rank is active.
+            rank is active. None as ``order``.
         choices: int32 [N * min(R - 1, K), 2 * K], of the tokens in ``order``, bits of the weights (of fp64
-            twice as many) and numbers of the experts.
+            twice as many) and numbers of the experts; [N * (R - 1), 2 * K] without ``order``.
         chosen: int64 [N, K], numbers of the experts.
+        active: whether the pass is one of this rank's (:func:`uneven_passes`).
     """
 
-    order: torch.Tensor
-    inverse: torch.Tensor
-    counts: torch.Tensor
+    order: torch.Tensor | None
+    inverse: torch.Tensor | None
+    counts: torch.Tensor | None
     choices: torch.Tensor
     chosen: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Traffic:
-    """How much goes where in one exchange.
-
-    Attributes:
-        group: the expert group.
-        sent, received: tokens to and from every rank of the group, on the host; 0 for this rank.
-        staying, coming: n of this rank's own tokens, and of those that it gets.
-        any_active: whether a rank of the group called in a pass of its own (see :func:`uneven_passes`).
-    """
-
-    group: dist.ProcessGroup
-    sent: list[int]
-    received: list[int]
-    staying: int
-    coming: int
-    any_active: bool
-
-    @classmethod
-    def start(cls, counts: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], Traffic]:
-        """Tell every rank what it will get (:class:`Departure`). Collective; the result waits for theirs, and
-        there the host waits for the device, but not for what it was given after this."""
-        incoming = torch.empty_like(counts)
-        work = dist.all_to_all_single(incoming, counts, group=group, async_op=True)
-        arrived = _to_host(work, counts, incoming)
-
-        def agree() -> Traffic:
-            outgoing, coming = arrived()
-            sent = [line[0] for line in outgoing]
-            received, rows, active = zip(*coming, strict=True)
-            staying = rows[group.rank()]
-            return cls(group, sent, list(received), staying, sum(rows) - staying, any(active))
-
-        return agree
-
-
-def _to_host(work: dist.Work, *tensors: torch.Tensor) -> Callable[[], list[Any]]:
-    """Copy ``tensors``, of one shape, when ``work`` is done; the result waits for that, and returns lists."""
-    if not tensors[0].is_cuda:
-
-        def read() -> list[Any]:
-            work.wait()
-            return torch.stack(tensors).tolist()
-
-        return read
-    copies = tensors[0].new_empty(len(tensors), *tensors[0].shape, device="cpu", pin_memory=True)
-    with torch.cuda.stream(_copying(tensors[0].device)):
-        work.wait()
-        for copy, tensor in zip(copies, tensors, strict=True):
-            copy.copy_(tensor, non_blocking=True)
-        done = torch.cuda.current_stream().record_event()
-
-    alive = list(tensors)
-
-    def arrived() -> list[Any]:
-        done.synchronize()
-        alive.clear()  # only now may their memory be used again
-        return copies.tolist()
-
-    return arrived
-
-
-@functools.cache
-def _copying(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True, eq=False)
-class Message:
-    """Rows on their way: ``rows`` are there when :meth:`arrived` returns them."""
-
-    rows: torch.Tensor
-    work: dist.Work
-
-    def arrived(self) -> torch.Tensor:
-        self.work.wait()
-        return self.rows
-
-
-def there(rows: torch.Tensor, traffic: Traffic, room: torch.Tensor | None = None) -> Message:
-    """Send the first s of ``rows`` [>= s, ...], laid out rank by rank: [m, ...], in ``room``. Collective."""
-    return _exchange(rows[: sum(traffic.sent)], traffic.sent, traffic.received, traffic.group, room)
-
-
-def back(rows: torch.Tensor, traffic: Traffic) -> Message:
-    """The way back of :func:`there`: ``rows`` [m, ...] -> [s, ...]. Collective."""
-    return _exchange(rows.contiguous(), traffic.received, traffic.sent, traffic.group)
-
-
-def _exchange(
-    rows: torch.Tensor,
-    leave: list[int],
-    come: list[int],
-    group: dist.ProcessGroup,
-    room: torch.Tensor | None = None,
-) -> Message:
-    out = rows.new_empty(sum(come), *rows.shape[1:]) if room is None else room
-    return Message(out, dist.all_to_all_single(out, rows, come, leave, group=group, async_op=True))
+    active: bool
 
 
 class ExpertParallel(Experts):
@@ -169,9 +92,12 @@ class ExpertParallel(Experts):
 
     Args:
         whole: all experts; top_k: K.
+        sizes: of the layers that a pass calls one after the other, in the order in which they are made.
     """
 
-    def __init__(self, whole: Experts, top_k: int, mesh: Mesh, rank: int, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, whole: Experts, top_k: int, mesh: Mesh, rank: int, group: dist.ProcessGroup, sizes: PassSizes
+    ) -> None:
         total, width, hidden = whole.w_out.shape
         held = mesh.experts_of(rank, total)
         with whole.w_out.device:
@@ -187,6 +113,9 @@ class ExpertParallel(Experts):
         self.first_expert = held.start
         self.total_experts, self.top_k = total, top_k
         self.group = group
+        self.all_travel = all_travel(total, top_k, mesh.expert_size)
+        self._sizes, self._asks = sizes, sizes.add_layer()
+        self.rooms = Rooms(min(top_k, len(held)))
 
     @property
     def held(self) -> range:
@@ -219,22 +148,25 @@ class ExpertParallel(Experts):
         self, x: torch.Tensor, weights: torch.Tensor, leaving: Departure
     ) -> tuple[torch.Tensor, bool]:
         """What :meth:`travel` returns, and whether a rank of the group has called it."""
-        agree = Traffic.start(leaving.counts, self.group)
-        # While the host waits, the device has this to do, and beyond that until the first product is started.
-        laid_out = copy_rows(x.detach(), leaving.order, leaving.inverse, self.group.size() - 1)
-        staying = ExpertOrder.of_some(leaving.chosen, self.held)
+        agree = self.start(x, leaving)
+        # If the host waits, the device has this to do.
+        laid_out = lay_out(x.detach(), leaving.order, leaving.inverse, self.group.size() - 1)
         trip = Trip(agree())
-        coming: torch.Tensor = _Send.apply(x, weights, leaving.inverse, trip)  # type: ignore[no-untyped-call]
-        own = staying.first(trip.traffic.staying)
-        entered = self.enter(x, own, self.top_k)
-        trip.send(leaving.choices, laid_out)
-        hidden = self.hidden(entered, own)
-        others, others_weights, order = _Arrive.apply(coming, weights.dtype, trip, self)  # type: ignore[no-untyped-call]
-        sums = _SendBack.apply(self(others, order, others_weights), trip)  # type: ignore[no-untyped-call]
-        out: torch.Tensor = _Join.apply(  # type: ignore[no-untyped-call]
-            sums, self.leave(hidden, own, weights), leaving.order, leaving.inverse, trip
-        )
-        return out, trip.traffic.any_active
+        meeting = Meeting(self, x, weights.dtype, leaving, trip.traffic)
+        coming = sending(x, weights, leaving.inverse, trip)
+        entered = self.enter(x, meeting.own, self.top_k)
+        trip.send(laid_out)
+        hidden = self.hidden(entered, meeting.own)
+        others, others_weights = arriving(coming, meeting.weights, trip)
+        sums = self(others, meeting.others, others_weights)
+        if meeting.outgrown():
+            hidden = self.hidden(self.enter(x, meeting.own, self.top_k), meeting.own)
+            sums = self(others, meeting.others, others_weights)
+        sums = sending_back(sums, trip)
+        rows = grouped_linear(hidden, self.w_out, meeting.own.offsets)
+        returned = coming_back(sums, leaving.inverse, trip)
+        out = self.combine(rows, meeting.own, weights, returned)
+        return answered(out, leaving.order, leaving.inverse, trip), trip.traffic.any_active
 
     @compiled_kernel
     def depart(self, chosen: torch.Tensor, weights: torch.Tensor, *, active: bool) -> Departure:
@@ -242,6 +174,9 @@ class ExpertParallel(Experts):
         held, top_k = self.w_in.shape[0], self.top_k
         others, own = self.total_experts // held - 1, self.first_expert // held
         chosen, weights = chosen.flatten().view(-1, top_k), weights.flatten().view(-1, top_k)  # a known width
+        if self.all_travel:
+            choices = torch.cat([weights.view(torch.int32), chosen.int()], dim=1)
+            return Departure(None, None, None, choices.repeat(others, 1), chosen, active)
         numbers = torch.arange(others, device=chosen.device)
         ranks = numbers + (numbers >= own).long()
         visited = (torch.div(chosen, held, rounding_mode="floor")[..., None] == ranks).any(dim=1)
@@ -256,129 +191,74 @@ class ExpertParallel(Experts):
             rows,
             torch.full_like(rows, int(active)),
         ]
-        choices = [weights.view(torch.int32)[tokens], chosen[tokens].int()]
-        return Departure(
-            order, sorted_ways.inverse, torch.stack(counts, dim=1), torch.cat(choices, dim=1), chosen
-        )
+        choices = torch.cat([weights.view(torch.int32)[tokens], chosen[tokens].int()], dim=1)
+        return Departure(order, sorted_ways.inverse, torch.stack(counts, dim=1), choices, chosen, active)
 
-    def arrive(self, choices: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ExpertOrder]:
-        """Weights [m, K] of tokens that have come, and the order of their rows, to be cut at n."""
+    def start(self, x: torch.Tensor, leaving: Departure) -> Callable[[], Traffic]:
+        """Begin to tell the others how much of ``x`` [N, D] they will get; the result knows. Collective."""
+        if leaving.counts is not None:
+            return Traffic.start(leaving.counts, self.group)
+        if self._asks:
+            self._sizes.ask(x.shape[0], active=leaving.active)
+        return lambda: self._sizes.traffic(self.group)
+
+    def arrive(self, choices: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [m, K] of tokens that have come, and numbers int32 [m, K] of their experts."""
         weights, chosen = choices[:, : -self.top_k], choices[:, -self.top_k :]
-        return weights.contiguous().view(dtype), ExpertOrder.of_some(chosen, self.held)
+        return weights.contiguous().view(dtype), chosen
 
 
-class Trip:
-    """Messages of one pass and of its backward pass, from their sending until they are waited for."""
+class Meeting:
+    """Rows of this rank's experts in one pass: of its own tokens, and of those that come. Collective.
 
-    room: torch.Tensor
-    """Where tokens will be, [m, D]."""
-    choices: Message
-    tokens: Message
-    sums: Message
-    grad_sums: Message
-    grads: list[Message | None]
-    """Gradients of tokens and of weights."""
-    needed: tuple[bool, bool]
-    """Whether tokens and weights have gradients."""
+    Attributes:
+        own, others: both in the order of experts, perhaps with room behind them.
+        weights: [m, K], of the tokens that come.
+    """
 
-    def __init__(self, traffic: Traffic) -> None:
-        self.traffic = traffic
+    def __init__(
+        self,
+        experts: ExpertParallel,
+        x: torch.Tensor,
+        dtype: torch.dtype,
+        leaving: Departure,
+        traffic: Traffic,
+    ) -> None:
+        self._held, self._expected = experts.held, experts.rooms
+        self._tokens = x.shape[0], sum(traffic.received)
+        rooms = traffic.rows
+        if rooms is None and uses_triton(x):
+            rooms = self._expected.of(self._tokens)
+        travelling = there(leaving.choices, traffic)
+        self.own = ExpertOrder.of_some(leaving.chosen, self._held, rooms and rooms[0])
+        self.weights, came = experts.arrive(travelling.arrived(), dtype)
+        self.others = ExpertOrder.of_some(came, self._held, rooms and rooms[1])
+        self._chosen = leaving.chosen, came
+        self._rooms = rooms
+        self._counted: Callable[[], list[list[int]]] | None = None
+        if traffic.rows is None:
+            self._counted = to_host(torch.cat([self.own.count, self.others.count]))
+        if rooms is None:
+            self.outgrown()
 
-    def send(self, choices: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Both laid out by rank, [>= s, ...]. Collective."""
-        self.choices = there(choices, self.traffic)
-        self.tokens = there(tokens, self.traffic, self.room)
-        del self.room
-
-
-class _Send(torch.autograd.Function):
-    """``x`` [N, D] and weights [N, K] -> tokens [m, D] that :meth:`Trip.send` will bring."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor, trip: Trip
-    ) -> torch.Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.trip, trip.needed = trip, ctx.needs_input_grad[:2]
-        coming = x.new_empty(sum(trip.traffic.received), x.shape[1])
-        trip.room = coming.detach()
-        return coming
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (inverse,) = ctx.saved_tensors
-        copies = len(ctx.trip.traffic.sent) - 1
-        coming = ctx.trip.grads
-        del ctx.trip.grads
-        found = [None if one is None else add_rows(one.arrived(), inverse, copies) for one in coming]
-        return *found, None, None
-
-
-class _Arrive(torch.autograd.Function):
-    """Tokens on their way -> (tokens [m, D], their weights [m, K], order of their rows), sorted meanwhile."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, coming: torch.Tensor, dtype: torch.dtype, trip: Trip, experts: ExpertParallel
-    ) -> tuple[torch.Tensor, torch.Tensor, ExpertOrder]:
-        weights, order = experts.arrive(trip.choices.arrived(), dtype)
-        tokens = trip.tokens.arrived()
-        del trip.choices, trip.tokens
-        ctx.trip = trip
-        frozen = [t for t, needed in zip((tokens, weights), trip.needed, strict=True) if not needed]
-        ctx.mark_non_differentiable(*frozen)
-        return tokens, weights, order.first(trip.traffic.coming)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        ctx.trip.grads = [
-            back(grad, ctx.trip.traffic) if needed else None
-            for grad, needed in zip(grads[:2], ctx.trip.needed, strict=True)
-        ]
-        return grads[0], None, None, None  # of this shape; those that count are on their way
-
-
-class _SendBack(torch.autograd.Function):
-    """Sums of this rank's experts for others [m, D] -> the same, on their way."""
-
-    @staticmethod
-    def forward(ctx: Any, sums: torch.Tensor, trip: Trip) -> torch.Tensor:
-        ctx.trip = trip
-        trip.sums = back(sums, trip.traffic)
-        return sums
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        coming = ctx.trip.grad_sums
-        del ctx.trip.grad_sums
-        return coming.arrived(), None
-
-
-class _Join(torch.autograd.Function):
-    """Sums on their way and those of this rank's own experts [N, D] -> sums of all experts [N, D]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        sums: torch.Tensor,
-        own: torch.Tensor,
-        order: torch.Tensor,
-        inverse: torch.Tensor,
-        trip: Trip,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(order, inverse)
-        ctx.trip = trip
-        returned = trip.sums.arrived()
-        del trip.sums
-        return add_rows(returned, inverse, len(trip.traffic.sent) - 1, own)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
-        order, inverse = ctx.saved_tensors
-        traffic = ctx.trip.traffic
-        laid_out = copy_rows(grads[0], order[: sum(traffic.sent)], inverse, len(traffic.sent) - 1)
-        ctx.trip.grad_sums = there(laid_out, traffic)
-        return ctx.trip.grad_sums.rows, grads[0], None, None, None
+    def outgrown(self) -> bool:
+        """Whether there are more rows than there is room for; then there is enough from now on. Here the host
+        waits for their number, unless it was told."""
+        if self._counted is None:
+            return False
+        (rows,) = self._counted()
+        self._expected.learn(self._tokens, rows)
+        self._counted = None
+        if self._rooms is None:
+            self.own, self.others = self.own.first(rows[0]), self.others.first(rows[1])
+        elif rows[0] <= self._rooms[0] and rows[1] <= self._rooms[1]:
+            return False
+        else:
+            self.own, self.others = (
+                ExpertOrder.of_some(chosen, self._held, count)
+                for chosen, count in zip(self._chosen, rows, strict=True)
+            )
+        return True
 
 
 @contextmanager

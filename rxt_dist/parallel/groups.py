@@ -10,6 +10,7 @@ import torch.distributed as dist
 from rxt_dist.parallel.mesh import Mesh, Ranks
 
 _open: dict[Mesh, MeshGroups] = {}
+_hosts: dict[Mesh, dist.ProcessGroup] = {}
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ def open_groups(mesh: Mesh, rank: int) -> MeshGroups:
     if mesh not in _open:
         _open[mesh] = MeshGroups(own_group(mesh.tensor_groups(), rank), own_group(mesh.data_groups(), rank))
     return _open[mesh]
+
+
+def open_hosts(mesh: Mesh, rank: int) -> dist.ProcessGroup:
+    """The expert group of ``rank`` for tensors of its hosts, made when first asked for. Collective then."""
+    if mesh not in _hosts:
+        _hosts[mesh] = own_group(mesh.expert_groups(), rank, backend="gloo")
+    return _hosts[mesh]
 
 
 def own_group(groups: Sequence[Ranks], rank: int, backend: str | None = None) -> dist.ProcessGroup:

@@ -16,8 +16,9 @@ from rxt_dist.model.layer import Layer
 from rxt_dist.model.memory_attention import StackedAttention
 from rxt_dist.model.moe import Experts, MoE
 from rxt_dist.parallel.collectives import set_data_group
+from rxt_dist.parallel.expert_messages import PassSizes
 from rxt_dist.parallel.experts import ExpertParallel
-from rxt_dist.parallel.groups import MeshGroups, open_groups
+from rxt_dist.parallel.groups import MeshGroups, open_groups, open_hosts
 from rxt_dist.parallel.mesh import Mesh
 from rxt_dist.parallel.regions import summed
 from rxt_dist.parallel.spread_layer import SpreadLayer
@@ -58,11 +59,13 @@ def parallelize(model: RxTModel, mesh: Mesh, rank: int) -> None:
     set_data_group(None if groups is None else groups.data)
     if mesh.expert_size > 1:
         group = _expert_group(mesh, rank)
+        hosts = open_hosts(mesh, rank)
         for layers in [part for part in model.modules() if isinstance(part, nn.ModuleList)]:
+            sizes = PassSizes(hosts)
             for number, layer in enumerate(layers):
                 if isinstance(layer, Layer) and isinstance(layer.feed_forward, MoE):
                     moe = layer.feed_forward
-                    moe.experts = ExpertParallel(moe.experts, moe.config.top_k, mesh, rank, group)
+                    moe.experts = ExpertParallel(moe.experts, moe.config.top_k, mesh, rank, group, sizes)
                     layers[number] = SpreadLayer(layer)
     elif mesh.tensor_size > 1 and any(isinstance(part, MoE) for part in model.modules()):
         _expert_group(mesh, rank)  # of one rank each: their copies on all ranks sum gradients

@@ -6,9 +6,11 @@ Shape legend: L memory layers, b lanes of a micro-batch, S STM slots, D embeddin
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rxt_dist.config import RunConfig
@@ -17,6 +19,7 @@ from rxt_dist.kernels.cross_entropy import repeated_later
 from rxt_dist.model import RxTModel
 from rxt_dist.model.memory_attention import GateValues
 from rxt_dist.model.stm import draw_stm, initial_stm, redraw_stm
+from rxt_dist.parallel.rooms import exact_rooms
 from rxt_dist.randomness import derive_key, fold_in_tensor, signed_key
 from rxt_dist.stages.base import StageModule
 from rxt_dist.stages.expert_statistics import not_counted
@@ -49,6 +52,18 @@ class FreshMemory:
         if self._shared is None:
             return redraw_stm(self._model, stm, where, fold_in_tensor(visits, self._key))
         return torch.where(where.view(1, -1, 1, 1), self.draw(visits).to(stm), stm)
+
+
+@contextmanager
+def _first_time() -> Iterator[None]:
+    with repeated_later(), exact_rooms():
+        yield
+
+
+@contextmanager
+def _second_time(module: nn.Module) -> Iterator[None]:
+    with not_counted(module), exact_rooms():
+        yield
 
 
 Sums = tuple[torch.Tensor, ...]
@@ -101,7 +116,7 @@ class LaneStageModule(StageModule):
                     *arguments,
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    context_fn=lambda: (repeated_later(), not_counted(self)),
+                    context_fn=lambda: (_first_time(), _second_time(self)),
                 )
             else:
                 stm, gates, sums = self.advance(*arguments)

@@ -30,6 +30,7 @@ from rxt_dist.config.mesh import step_units
 from rxt_dist.config.run import ANSWER_STAGES, stage_window
 from rxt_dist.model.model import empty_model
 from rxt_dist.model.moe import MoE
+from rxt_dist.parallel.dispatch import travelling
 from rxt_dist.parallel.mesh import Mesh
 from rxt_dist.parallel.parallelize import partial_parameters, share_tensors
 from rxt_dist.stages import StageModule, build_stage
@@ -251,13 +252,12 @@ class _StagePlan:
         }
 
     def _travellers(self) -> float:
-        """How often a step's tokens go to another rank in a layer: to each that has one of their experts."""
+        """How often a step's tokens go to another rank in a layer (:mod:`rxt_dist.parallel.dispatch`)."""
         moe, ranks = self.config.model.decoder.moe, self.mesh.expert_size
         if moe is None or not _moes(self.module):
             return 0.0
-        elsewhere = moe.num_experts - moe.num_experts // ranks
-        spared = math.comb(elsewhere, moe.top_k) / math.comb(moe.num_experts, moe.top_k)
-        return self.micro_tokens * self.accumulation / self.mesh.tensor_size * (ranks - 1) * (1 - spared)
+        share = travelling(moe.num_experts, moe.top_k, ranks)
+        return self.micro_tokens * self.accumulation / self.mesh.tensor_size * (ranks - 1) * share
 
     def _exchanged(self) -> int:
         """Bytes that a rank sends in a step so that tokens reach experts and come back, and their gradients,

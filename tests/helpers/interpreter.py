@@ -16,6 +16,11 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("Triton is imported for the GPU, not for its interpreter")
     assert triton_support.HAS_TRITON, "the tests need Triton, which `make setup` installs"
+    interpret(monkeypatch)
+
+
+def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the fixture does, for a process without fixtures."""
     monkeypatch.setattr(triton_support, "interpreted", True)
     _let_numbers_bound_loops(monkeypatch)
 

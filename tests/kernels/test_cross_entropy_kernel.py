@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers.interpreter import interpreter
 
 from rxt_dist.kernels import cross_entropy
-from rxt_dist.kernels.cross_entropy import linear_cross_entropy
+from rxt_dist.kernels.cross_entropy import linear_cross_entropy, parts
 
 M, D, V = 13, 16, 37
 __all__ = ["interpreter"]
@@ -191,3 +191,27 @@ def test_what_is_not_finite() -> None:
     assert not gradient[0, :4500].any()
     assert losses.isnan().tolist() == [False, True, False]
     assert gradient.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunk", "expected"),
+    [
+        (0, 4, []),
+        (3, 4, [(0, 3, 0)]),
+        (8, 4, [(0, 4, 0), (4, 8, 0)]),
+        (9, 4, [(0, 4, 0), (4, 8, 0), (5, 9, 3)]),
+        (1000, 8192, [(0, 1000, 0)]),
+        (1500, 8192, [(0, 1500, 0)]),
+        (9000, 8192, [(0, 8192, 0), (7976, 9000, 216)]),
+        (19_661, 8192, [(0, 8192, 0), (8192, 16_384, 0), (15_565, 19_661, 819)]),
+        (3000, 2000, [(0, 2000, 0), (1976, 3000, 24)]),
+        (3900, 2000, [(0, 2000, 0), (1900, 3900, 100)]),
+    ],
+)
+def test_parts_of_few_sizes(rows: int, chunk: int, expected: list[tuple[int, int, int]]) -> None:
+    assert [(part.start, part.stop, repeated) for part, repeated in parts(rows, chunk)] == expected
+
+
+def test_sizes_of_many_rows() -> None:
+    sizes = {part.stop - part.start for rows in range(16_385, 24_577, 37) for part, _ in parts(rows, 8192)}
+    assert sizes == {1024 * number for number in range(1, 9)}

@@ -14,8 +14,9 @@ from helpers.interpreter import interpreter  # noqa: F401
 from rxt_dist.kernels import triton_support
 from rxt_dist.kernels.activation import Activation, activate, activate_rows
 from rxt_dist.kernels.combine import combine_rows
-from rxt_dist.kernels.permute import add_permuted, add_rows, repeat_permuted
+from rxt_dist.kernels.permute import add_permuted, repeat_permuted
 from rxt_dist.kernels.segments_triton import new_segments, sum_segments
+from rxt_dist.model.moe import ExpertOrder, Experts
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 ROWS = {
@@ -270,6 +271,7 @@ def test_nothing_is_written_beyond_the_results(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     monkeypatch.setattr(torch, "empty_like", lambda x: guarded(tuple(x.shape), x.dtype))
+    monkeypatch.setattr(torch, "zeros_like", lambda x: guarded(tuple(x.shape), x.dtype).zero_())
     counts = ROWS["experts of many blocks"]
     (offsets, expert_of_row), (order, inverse) = grouped(counts), shuffled(counts)
     hidden = random(sum(counts), 140, dtype=torch.float32)
@@ -280,6 +282,49 @@ def test_nothing_is_written_beyond_the_results(monkeypatch: pytest.MonkeyPatch) 
     assert len(memories) == 9  # two results, gradients of five inputs, segments of two biases
     for memory, size in memories:
         assert (memory[size:] == 77.0).all()
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("spare", [0, 1, 80])
+def test_room_behind_the_rows_changes_nothing(
+    spare: int, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is in it: here what is no number."""
+    torch.manual_seed(0)
+    experts = Experts(3, 16, 24, gated=True, activation="silu", biased=biased)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x, chosen = random(60, 16, dtype=torch.float32), torch.rand(60, 6).topk(3).indices
+    weights = random(60, 3, dtype=torch.float32)
+    inputs, factor = [x, weights, *experts.parameters()], torch.randn(60, 16)
+
+    def run(order: ExpertOrder) -> tuple[torch.Tensor, ...]:
+        out = experts(x, order, weights)
+        return out, *torch.autograd.grad((out * factor).sum(), inputs)
+
+    whole = ExpertOrder.of_some(chosen, range(2, 5))
+    count = int(whole.offsets[-1])
+    assert count + 80 < chosen.numel()
+    exact = run(whole.first(count))
+    plain, multiply = torch.Tensor.new_empty, F.grouped_mm
+
+    def new_empty(tensor: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
+        made = plain(tensor, *shape, **options)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    def grouped_mm(left: torch.Tensor, right: torch.Tensor, **options: Any) -> torch.Tensor:
+        made = multiply(left, right, **options)
+        if right.ndim == 3:
+            made[count:] = math.nan
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(F, "grouped_mm", grouped_mm)
+    order = ExpertOrder.of_some(chosen, range(2, 5), count + spare)
+    assert len(order.order) == count + spare
+    for found, wanted in zip(run(order), exact, strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -346,17 +391,21 @@ def test_gradients_by_finite_differences() -> None:
     assert torch.autograd.gradcheck(layer, (hidden, bias, weights))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "copies", "rows"), [(37, 1, 20), (18, 3, 40), (5, 2, 0)])
-def test_rows_are_added_to_others(
-    tokens: int, copies: int, rows: int, dtype: torch.dtype, backend: str
-) -> None:
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "spare"), [("experts of many blocks", 7), ("one row", 0), ("no rows", 5)])
+def test_weighted_sums_are_added_to_others(backend: str, rows: str, spare: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    inverse = torch.full((tokens * copies,), -1)
-    slots = torch.randperm(tokens * copies)[:rows]
-    inverse[slots] = torch.arange(rows)
-    x, base = torch.randn(rows, 72).to(dtype), torch.randn(tokens, 72).to(dtype)
-    expected = base.double().index_add(0, slots // copies, x.double())
-    out = add_rows(x, inverse, copies, base)
-    assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), expected, rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+    counts = ROWS[rows]
+    tokens = sum(counts) + spare
+    (offsets, expert_of_row), (order, inverse) = grouped(counts), shuffled(counts, tokens)
+    x, base = random(sum(counts), 72, dtype=dtype), random(tokens, 72, dtype=dtype)
+    weights = torch.rand(tokens, 1)
+    out = combine_rows(x, None, weights, order, inverse, offsets, expert_of_row, base)
+    exact_x, exact_base = exactly(x, base)
+    exact = exact_base.index_add(0, order, exact_x * weights.double()[order])
+    assert_near(out, exact, dtype)
+    factor = torch.randn(tokens, 72).to(dtype)
+    (out * factor).sum().backward()
+    (exact * factor).sum().backward()
+    assert_near(x.grad, exact_x.grad, dtype)
+    assert_near(base.grad, exact_base.grad, dtype)

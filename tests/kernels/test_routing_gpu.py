@@ -87,10 +87,11 @@ def test_counting_sort(rows: int, count: int) -> None:
     keys[keys % 5 == 2] = count - 1
     torch.compiler.reset()
     sort = torch.compile(counting_sort, dynamic=True, fullgraph=True)
-    for order, inverse, ordered, ends in (counting_sort(keys, count), sort(keys, count)):
+    for order, inverse, ordered, ends, total in (counting_sort(keys, count), sort(keys, count)):
         expected, places = torch.sort(keys, stable=True)
         assert torch.equal(ordered, expected)
         assert torch.equal(order, places)
+        assert total.tolist() == [rows]
         assert torch.equal(inverse[order], torch.arange(rows, device=CUDA))
         assert torch.equal(ends, torch.bincount(keys, minlength=count).cumsum(0).to(torch.int32))
 

@@ -135,7 +135,8 @@ def test_counting_sort(rows: int, count: int, monkeypatch: pytest.MonkeyPatch) -
     keys = torch.randint(0, count, (rows,), generator=generator)
     if count > 30:
         keys[keys % 7 == 3] = 20  # one long run, and keys without rows
-    order, inverse, ordered, ends = counting_sort(keys, count)
+    order, inverse, ordered, ends, total = counting_sort(keys, count)
+    assert total.tolist() == [rows]
     expected, places = torch.sort(keys, stable=True)
     assert torch.equal(ordered, expected)
     assert torch.equal(order, places)
@@ -156,7 +157,7 @@ def test_counting_sort_of_some_keys(
     monkeypatch.setattr(order_triton, "_BLOCKS", 4)
     table = torch.randint(0, 10, (rows, 7), generator=torch.Generator().manual_seed(rows), dtype=dtype)
     keys = table[:, 4:]
-    order, inverse, ordered, ends = counting_sort(keys, count, first, others=True)
+    order, inverse, ordered, ends, total = counting_sort(keys, count, first, others=True)
     numbers = keys.flatten().long() - first
     numbers[(numbers < 0) | (numbers >= count)] = count
     expected, places = torch.sort(numbers, stable=True)
@@ -164,6 +165,7 @@ def test_counting_sort_of_some_keys(
     assert torch.equal(order, places)
     assert torch.equal(ends, torch.bincount(numbers, minlength=count + 1).cumsum(0)[:count].to(torch.int32))
     kept = numbers < count
+    assert total.tolist() == [int(kept.sum())]
     assert torch.equal(inverse[kept].sort().values, torch.arange(int(kept.sum())))
     assert torch.equal(order[inverse[kept]], kept.nonzero().flatten())
     assert (inverse[~kept] == -1).all()
@@ -174,9 +176,30 @@ def test_expert_order_is_the_same_with_it(monkeypatch: pytest.MonkeyPatch) -> No
     found = []
     for interpreted in (True, False):
         monkeypatch.setattr(triton_support, "interpreted", interpreted)
-        found.append([ExpertOrder.of(experts, 9), ExpertOrder.of_some(experts, range(3, 7))])
+        some = [ExpertOrder.of_some(experts, range(3, 7), room) for room in (None, 150, 20, 0)]
+        found.append([ExpertOrder.of(experts, 9), *some])
     for ours, plain in zip(*found, strict=True):
-        for name in ("order", "inverse", "expert_of_row", "offsets"):
+        for name in ("order", "inverse", "expert_of_row", "offsets", "count"):
             left, right = getattr(ours, name), getattr(plain, name)
             assert left.dtype == right.dtype
             assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("room", [0, 1, 17, 72, 73, 74, 150])
+def test_rows_that_find_no_room_are_left_out(
+    room: int, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_support, "interpreted", kernels)
+    experts = torch.randint(0, 9, (50, 3), generator=torch.Generator().manual_seed(1))
+    whole = ExpertOrder.of_some(experts, range(3, 7))
+    count = int(whole.offsets[-1])
+    assert count == 73
+    found = ExpertOrder.of_some(experts, range(3, 7), room)
+    kept = min(room, count)
+    assert len(found.order) == len(found.expert_of_row) == room
+    assert torch.equal(found.order[:kept], whole.order[:kept])
+    assert torch.equal(found.expert_of_row[:kept], whole.expert_of_row[:kept])
+    assert torch.equal(found.inverse, torch.where(whole.inverse < room, whole.inverse, -1))
+    assert torch.equal(found.offsets, whole.offsets.clamp_max(room))
+    assert found.count.tolist() == whole.count.tolist() == [count]

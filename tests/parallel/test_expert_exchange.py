@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from helpers.engines import join_deepspeed
+from helpers.expert_work import order_of_work
 from helpers.host_waits import waits_of
 from helpers.interpreter import interpreter  # noqa: F401
 from helpers.launch import run_function
@@ -22,14 +22,17 @@ from rxt_dist.config import MoEConfig
 from rxt_dist.kernels.compilation import compiled, set_compile
 from rxt_dist.model.initialisation import initialise
 from rxt_dist.model.moe import ExpertOrder, Experts, MoE
-from rxt_dist.parallel.experts import ExpertParallel, Traffic, back, there, uneven_passes
+from rxt_dist.parallel.expert_messages import PassSizes, Traffic, add_up, back, lay_out, there
+from rxt_dist.parallel.experts import ExpertParallel, uneven_passes
 from rxt_dist.parallel.mesh import Mesh
 
-D, HIDDEN, E, K, RANKS = 16, 12, 6, 2, 3
+D, HIDDEN, E, RANKS = 16, 12, 6, 3
+K, MANY = 2, 4
+"""Experts of a token; of so many, some are on a certain rank nearly always."""
 
 
-def moe() -> MoE:
-    layer = MoE(MoEConfig(num_experts=E, top_k=K), D, HIDDEN, gated=True, activation="silu")
+def moe(top_k: int = K) -> MoE:
+    layer = MoE(MoEConfig(num_experts=E, top_k=top_k), D, HIDDEN, gated=True, activation="silu")
     initialise(layer, 1)
     return layer
 
@@ -42,7 +45,7 @@ def rows_of(rank: int) -> torch.Tensor:
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "experts", "ranks", "top_k", "own"),
-    [(40, 6, 3, 2, 1), (7, 6, 2, 5, 0), (33, 8, 8, 3, 5), (9, 4, 2, 1, 1), (0, 4, 4, 2, 0)],
+    [(40, 6, 3, 2, 1), (7, 36, 12, 9, 0), (33, 8, 8, 3, 5), (9, 4, 2, 1, 1), (0, 4, 4, 2, 0)],
 )
 def test_what_a_rank_sends(
     tokens: int,
@@ -57,13 +60,16 @@ def test_what_a_rank_sends(
         request.getfixturevalue("interpreter")
     whole = Experts(experts, D, HIDDEN, gated=True, activation="silu", biased=True)
     group = cast(dist.ProcessGroup, None)
-    part = ExpertParallel(whole, top_k, Mesh(ranks, expert_size=ranks), own, group)
+    part = ExpertParallel(whole, top_k, Mesh(ranks, expert_size=ranks), own, group, PassSizes(group))
     chosen = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(1)).topk(top_k).indices
     weights = torch.rand(tokens, top_k, generator=torch.Generator().manual_seed(2)) - 0.5
     leaving = part.depart(chosen, weights, active=True)
     visited = [{expert // (experts // ranks) for expert in one} for one in chosen.tolist()]
     others = [rank for rank in range(ranks) if rank != own]
     sent = [(token, rank) for rank in others for token in range(tokens) if rank in visited[token]]
+    assert leaving.order is not None
+    assert leaving.inverse is not None
+    assert leaving.counts is not None
     travelling = leaving.order[: len(sent)] // (ranks - 1)
     assert travelling.tolist() == [token for token, _ in sent]
     places = {way: place for place, way in enumerate(sent)}
@@ -77,12 +83,35 @@ def test_what_a_rank_sends(
     here = (chosen // (experts // ranks) == own).flatten()
     everyone = torch.cat([weights.view(torch.int32), chosen.int()], dim=1)
     assert torch.equal(leaving.choices[: len(sent)], everyone[travelling])
-    came, order = part.arrive(everyone, torch.float32)
+    came, came_chosen = part.arrive(everyone, torch.float32)
     assert torch.equal(came, weights)
+    assert torch.equal(came_chosen, chosen)
     assert torch.equal(leaving.chosen, chosen)
+    order = ExpertOrder.of_some(came_chosen, part.held)
     assert torch.equal(order.inverse >= 0, here)
     rows = order.first(int(here.sum()))
     assert torch.equal(rows.expert_of_row + part.held.start, chosen.flatten()[rows.order])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_a_rank_sends_of_which_all_travels(ranks: int) -> None:
+    whole = Experts(E, D, HIDDEN, gated=True, activation="silu", biased=True)
+    group = cast(dist.ProcessGroup, None)
+    part = ExpertParallel(whole, MANY, Mesh(ranks, expert_size=ranks), 1, group, PassSizes(group))
+    chosen = torch.rand(7, E, generator=torch.Generator().manual_seed(1)).topk(MANY).indices
+    weights = torch.rand(7, MANY, generator=torch.Generator().manual_seed(2)) - 0.5
+    leaving = part.depart(chosen, weights, active=False)
+    assert (leaving.order, leaving.inverse, leaving.counts, leaving.active) == (None, None, None, False)
+    assert torch.equal(leaving.chosen, chosen)
+    for one in leaving.choices.chunk(ranks - 1):
+        came, came_chosen = part.arrive(one, torch.float32)
+        assert torch.equal(came, weights)
+        assert torch.equal(came_chosen, chosen)
+    x = torch.randn(7, D)
+    laid_out = lay_out(x, None, None, ranks - 1)
+    assert torch.equal(laid_out, torch.cat([x] * (ranks - 1)))
+    returned = torch.randn(7 * (ranks - 1), D)
+    torch.testing.assert_close(add_up(returned, None, ranks - 1), returned.view(ranks - 1, 7, D).sum(0))
 
 
 @contextmanager
@@ -102,9 +131,9 @@ def messages() -> Iterator[list[tuple[list[int], int]]]:
         yield sent
 
 
-def train_once(folder: Path, lose_all: bool) -> None:
-    """Forward and backward on every rank; with ``lose_all`` all tokens go to experts of the first rank."""
-    layer, rank = moe(), dist.get_rank()
+def train_once(folder: Path, lose_all: bool, top_k: int) -> None:
+    """Forward and backward on every rank; with ``lose_all`` all tokens go to experts of the first ranks."""
+    layer, rank = moe(top_k), dist.get_rank()
     if lose_all:
         _send_to_first(layer)
     experts = spread_experts(layer)
@@ -130,15 +159,16 @@ def train_once(folder: Path, lose_all: bool) -> None:
 
 def _send_to_first(layer: MoE) -> None:
     with torch.no_grad():
-        layer.router.proj.weight[:K] += 1  # rows are positive
-        layer.router.proj.weight[K:] -= 1
+        layer.router.proj.weight[: layer.config.top_k] += 1  # rows are positive
+        layer.router.proj.weight[layer.config.top_k :] -= 1
 
 
+@pytest.mark.parametrize("top_k", [K, MANY])
 @pytest.mark.parametrize("lose_all", [False, True])
-def test_spread_experts_are_the_whole_layer(tmp_path: Path, lose_all: bool) -> None:
-    assert run_function(RANKS, train_once, tmp_path, lose_all) == [0] * RANKS
+def test_spread_experts_are_the_whole_layer(tmp_path: Path, lose_all: bool, top_k: int) -> None:
+    assert run_function(RANKS, train_once, tmp_path, lose_all, top_k) == [0] * RANKS
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
-    layer = moe()
+    layer = moe(top_k)
     if lose_all:
         _send_to_first(layer)
     inputs = [rows_of(rank).requires_grad_() for rank in range(RANKS)]
@@ -151,12 +181,12 @@ def test_spread_experts_are_the_whole_layer(tmp_path: Path, lose_all: bool) -> N
             whole = layer.experts.get_parameter(name).grad
             assert whole is not None
             torch.testing.assert_close(gradient, whole[one["first"] :][: len(gradient)], rtol=1e-5, atol=1e-5)
-        # One copy of the counts; the way back needs none.
-        assert one["syncs"] == [["rxt_dist/experts.py:read"], []]
+        # One copy of counts; the way back needs none.
+        assert one["syncs"] == [["rxt_dist/expert_messages.py:read"], []]
     router = sum(one["router"] for one in found)
     torch.testing.assert_close(router, layer.router.proj.weight.grad, rtol=1e-4, atol=1e-4)
     idle = [one["experts"]["w_in"].abs().sum() for one in found]
-    assert (idle[1] == 0) == lose_all
+    assert (idle[top_k // (E // RANKS)] == 0) == lose_all
 
 
 def train_some(folder: Path) -> None:
@@ -199,7 +229,7 @@ def test_what_has_no_gradient_sends_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lose_all", [False, True])
 def test_a_token_goes_once_to_a_rank(tmp_path: Path, lose_all: bool) -> None:
     """Whether one or both of its experts are there; back and forth, and its gradients."""
-    assert run_function(RANKS, train_once, tmp_path, lose_all) == [0] * RANKS
+    assert run_function(RANKS, train_once, tmp_path, lose_all, K) == [0] * RANKS
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True)["sent"] for rank in range(RANKS)]
     layer = moe()
     if lose_all:
@@ -222,40 +252,12 @@ def test_a_token_goes_once_to_a_rank(tmp_path: Path, lose_all: bool) -> None:
         assert rest == [(way, size if sum(way) else 0) for way, size in zip(ways, sizes, strict=True)]
 
 
-@contextmanager
-def order_of_work() -> Iterator[list[str]]:
-    """Messages that are sent and waited for, and products by their number of rows, as they come."""
-    done: list[str] = []
-    send, multiply = dist.all_to_all_single, F.grouped_mm
-
-    class Noted:
-        def __init__(self, work: dist.Work) -> None:
-            self.work = work
-
-        def wait(self) -> None:
-            done.append("wait")
-            self.work.wait()
-
-    def noted_send(*arguments: Any, **options: Any) -> Noted:
-        done.append("send")
-        return Noted(cast(dist.Work, send(*arguments, **options)))
-
-    def noted_product(left: torch.Tensor, right: torch.Tensor, **options: Any) -> torch.Tensor:
-        done.append(f"{left.shape[0] if right.ndim == 3 else left.shape[1]} rows")
-        return multiply(left, right, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_to_all_single", noted_send)
-        patch.setattr(F, "grouped_mm", noted_product)
-        yield done
-
-
 def more_rows_of(rank: int) -> torch.Tensor:
     return torch.randn(20 + rank, D, generator=torch.Generator().manual_seed(rank))
 
 
-def note_order(folder: Path) -> None:
-    layer, rank = moe(), dist.get_rank()
+def note_order(folder: Path, top_k: int) -> None:
+    layer, rank = moe(top_k), dist.get_rank()
     spread_experts(layer)
     x = more_rows_of(rank).requires_grad_()
     with order_of_work() as forward:
@@ -265,9 +267,10 @@ def note_order(folder: Path) -> None:
     torch.save((forward, backward), folder / f"{rank}.pt")
 
 
-def test_own_rows_are_computed_while_messages_travel(tmp_path: Path) -> None:
-    assert run_function(RANKS, note_order, tmp_path) == [0] * RANKS
-    layer = moe()
+@pytest.mark.parametrize("top_k", [K, MANY])
+def test_own_rows_are_computed_while_messages_travel(tmp_path: Path, top_k: int) -> None:
+    assert run_function(RANKS, note_order, tmp_path, top_k) == [0] * RANKS
+    layer = moe(top_k)
     chosen = [layer.router(more_rows_of(rank)).experts // (E // RANKS) for rank in range(RANKS)]
     for rank in range(RANKS):
         staying = int((chosen[rank] == rank).sum())
@@ -275,8 +278,9 @@ def test_own_rows_are_computed_while_messages_travel(tmp_path: Path) -> None:
         assert 0 < staying != coming > 0
         own, others = f"{staying} rows", f"{coming} rows"
         forward, backward = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        there = ["send", "wait", own, "send", "send", "wait", "wait"]  # counts; choices and tokens
-        assert forward == [*there, others, others, "send", own, "wait"]
+        choices = ["send", "wait", "read"] if top_k == MANY else ["send", "wait", "read", "send", "wait"]
+        tokens = [own, "send", "wait", others, others, "send", own, "wait"]
+        assert forward == [*choices, *tokens]
         there = ["send", own, own, "wait"]
         assert backward == [*there, *[others] * 4, "send", "send", own, own, "wait", "wait"]
 
@@ -370,7 +374,7 @@ def exchange_back_and_forth(folder: Path) -> None:
     sent = [[0, 0, 2], [0, 0, 0], [1, 4, 0]][rank]
     received = [[0, 0, 1], [0, 0, 4], [2, 0, 0]][rank]
     tokens = torch.tensor([[0, 2, 1], [0], [1, 0, 1, 1, 0, 0]][rank])  # the last is nobody's
-    traffic = Traffic(group, sent, received, staying=0, coming=0, any_active=True)
+    traffic = Traffic(group, sent, received, any_active=True, rows=None)
     x = (torch.arange(6.0) + 100 * rank).view(-1, 2)
     came = there(x[tokens], traffic).arrived()
     returned = back(came * (rank + 1), traffic).arrived()

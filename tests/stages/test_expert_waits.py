@@ -12,6 +12,7 @@ import torch.distributed as dist
 from helpers.engines import join_deepspeed
 from helpers.expert_cases import Case, conversations, model_of_rank, text_batch, whole_model
 from helpers.host_waits import waits_of
+from helpers.interpreter import interpret
 from helpers.lanes import windows
 from helpers.launch import run_function
 
@@ -79,7 +80,21 @@ def test_spread_experts_wait_once_a_layer_and_pass(tmp_path: Path) -> None:
     assert run_function(2, train_spread, tmp_path) == [0, 0]
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert found == {name: ["rxt_dist/experts.py:read"] * (2 * PASSES[name]) for name in CASES}
+        assert found == {name: ["rxt_dist/expert_messages.py:read"] * (2 * PASSES[name]) for name in CASES}
+
+
+def train_with_rooms(folder: Path) -> None:
+    join_deepspeed()
+    with pytest.MonkeyPatch.context() as patch:
+        interpret(patch)
+        step, _ = step_of(Case("smat", 2, 2, recompute="interaction"), dist.get_rank())
+        step()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is imported for the GPU")
+def test_what_is_computed_again_has_the_same_sizes(tmp_path: Path) -> None:
+    """Although rows of experts get the room that was needed before; autograd compares sizes."""
+    assert run_function(2, train_with_rooms, tmp_path) == [0, 0]
 
 
 def train_divided(folder: Path) -> None:

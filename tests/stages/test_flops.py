@@ -123,9 +123,11 @@ def early(monkeypatch: pytest.MonkeyPatch) -> Early:
     found = Early()
     add = cross_entropy.ProjectionGradients.add
 
-    def counted(self: cross_entropy.ProjectionGradients, part: slice, gradient: torch.Tensor) -> None:
+    def counted(
+        self: cross_entropy.ProjectionGradients, part: slice, gradient: torch.Tensor, repeated: int
+    ) -> None:
         with counter() as inside:
-            add(self, part, gradient)
+            add(self, part, gradient, repeated)
         found.gradients += inside.get_total_flops()
         if self.parameters is not None:
             found.of_bias += 2 * gradient.numel() * (self.parameters.shape[1] - self._weight.shape[1])

@@ -93,9 +93,9 @@ def test_a_head_multiplies_its_gradients_once(monkeypatch: pytest.MonkeyPatch) -
     rows: list[int] = []
     add = ProjectionGradients.add
 
-    def counted(self: ProjectionGradients, part: slice, gradient: torch.Tensor) -> None:
+    def counted(self: ProjectionGradients, part: slice, gradient: torch.Tensor, repeated: int) -> None:
         rows.append(len(gradient))
-        add(self, part, gradient)
+        add(self, part, gradient, repeated)
 
     monkeypatch.setattr(ProjectionGradients, "add", counted)
     two_steps("smat", "none", 3, random_conversations(COUNTS))
