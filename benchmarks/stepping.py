@@ -26,6 +26,7 @@ from rxt_dist.kernels.attention import set_attention_backend
 from rxt_dist.kernels.compilation import set_compile
 from rxt_dist.parallel.bootstrap import World, start_process_group, world_from_environment
 from rxt_dist.parallel.collectives import sum_over_ranks
+from rxt_dist.parallel.peers import set_peer_copies
 from rxt_dist.stages import open_pieces
 from rxt_dist.stages.flops import batch_flops
 from rxt_dist.train.build import build_engine, build_module
@@ -305,6 +306,7 @@ def process_group(config: RunConfig) -> Iterator[tuple[World, str]]:
     world = replace(world, tensor_size=config.parallel.tensor_size)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     set_compile(config.runtime.compile, with_messages=config.parallel.tensor_size > 1)
+    set_peer_copies(config.runtime.peer_copies)
     backend = set_attention_backend(config.runtime.attention_backend, world.device, dtype)
     start_process_group(world, config.runtime.collective_timeout_seconds)
     try:

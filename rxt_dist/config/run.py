@@ -380,6 +380,9 @@ class RuntimeConfig(Section):
     recompute: Literal["none", "interaction"] = "none"
     """What the backward pass of the memory stages computes again to save memory; interaction: everything but
     the STM between the interactions of a window."""
+    peer_copies: bool = False
+    """Let copy engines bring tokens to experts and back where the GPUs of an expert group are in one host and
+    reach each other's memory; false, and elsewhere: NCCL."""
     collective_timeout_seconds: int = Field(1800, ge=1)
     """Seconds after which a hung collective operation ends the run."""
     data_prefetch_steps: int = Field(2, ge=0)

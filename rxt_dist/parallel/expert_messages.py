@@ -7,15 +7,22 @@ this rank sends (one that goes to two ranks counts twice), m tokens that it gets
 from __future__ import annotations
 
 import functools
+import logging
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from rxt_dist.kernels.permute import add_rows, copy_rows
+from rxt_dist.parallel.peers import Kind, Message, Peers, can_write
+
+logger = logging.getLogger(__name__)
+
+_GRADIENTS: tuple[Kind, Kind] = ("grad_tokens", "grad_weights")
+"""Of what :func:`arriving` gives."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +35,7 @@ class Traffic:
         any_active: whether a rank of the group called in a pass of its own
             (:func:`rxt_dist.parallel.experts.uneven_passes`).
         rows: of this rank's experts, those of its own tokens and those of the m others; None: not known yet.
+        peers: for messages within a host where all tokens travel; None: NCCL brings them.
     """
 
     group: dist.ProcessGroup
@@ -35,6 +43,7 @@ class Traffic:
     received: list[int]
     any_active: bool
     rows: tuple[int, int] | None
+    peers: Peers | None = None
 
     @classmethod
     def start(cls, counts: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], Traffic]:
@@ -54,6 +63,15 @@ class Traffic:
 
         return agree
 
+    def starts(self, way: Literal["there", "back"]) -> list[int]:
+        """Behind how many rows those of this rank are, at every rank, if all tokens travel."""
+        own, before = self.group.rank(), 0
+        tokens = [max(self.sent) if rank == own else count for rank, count in enumerate(self.received)]
+        if way == "back":
+            return [(own - (own > rank)) * count for rank, count in enumerate(tokens)]
+        before = sum(tokens[:own])
+        return [before - (count if rank < own else 0) for rank, count in enumerate(tokens)]
+
 
 class PassSizes:
     """How many tokens every rank of an expert group brings to a stack of layers, where all of them travel.
@@ -70,6 +88,8 @@ class PassSizes:
         self._layers = 0
         self._tokens: list[int] = []
         self._any_active = False
+        self._peers: Peers | None = None
+        self._writes: bool | None = None
 
     def add_layer(self) -> bool:
         """Whether it is the first one, which has to :meth:`ask`."""
@@ -78,18 +98,42 @@ class PassSizes:
 
     def ask(self, tokens: int, *, active: bool) -> None:
         """This rank has so many ``tokens``; is the pass one of its own? Collective."""
-        own = array("q", [tokens, int(active)])
-        found = array("q", [0, 0]) * self._hosts.size()
-        all_numbers, numbers = (torch.frombuffer(memory, dtype=torch.int64) for memory in (found, own))
-        dist.all_gather_into_tensor(all_numbers, numbers, group=self._hosts)
-        self._tokens, self._any_active = list(found[::2]), any(found[1::2])
+        found = told([tokens, int(active)], self._hosts)
+        self._tokens, self._any_active = found[::2], any(found[1::2])
+
+    def open_peers(self, group: dist.ProcessGroup, device: torch.device, token: int, choice: int) -> None:
+        """Have ranks of one host write into each other's memory, if they can, in rows of so many bytes.
+        Collective."""
+        if self._writes is None:
+            self._writes = can_write(device, self._hosts)
+        ranks, tokens = len(self._tokens), self._tokens
+        rows = max(max(sum(tokens) - count, (ranks - 1) * count) for count in tokens)
+        if not self._writes or (self._peers is not None and self._peers.holds(rows, token, choice)):
+            return
+        torch.cuda.synchronize(device)  # nobody writes any more where there was room until now
+        try:
+            self._peers = Peers(group, self._hosts, device, rows, token, choice)
+        except RuntimeError as error:
+            self._writes, self._peers = False, None
+            logger.warning("runtime.peer_copies: NCCL brings tokens to experts, as one GPU said: %s", error)
 
     def traffic(self, group: dist.ProcessGroup) -> Traffic:
         """All tokens go to all other ranks."""
         own, tokens = group.rank(), self._tokens
         sent = [0 if rank == own else tokens[own] for rank in range(len(tokens))]
         received = [0 if rank == own else count for rank, count in enumerate(tokens)]
-        return Traffic(group, sent, received, self._any_active, None)
+        return Traffic(group, sent, received, self._any_active, None, self._peers)
+
+
+def told(numbers: list[int], hosts: dist.ProcessGroup) -> list[int]:
+    """The ``numbers`` of all ranks, one after the other. Collective over ``hosts``, a group for tensors of
+    the host; no tensor is read, so that nobody seems to wait for a device."""
+    own = array("q", numbers)
+    found = array("q", numbers) * hosts.size()
+    dist.all_gather_into_tensor(
+        torch.frombuffer(found, dtype=torch.int64), torch.frombuffer(own, dtype=torch.int64), group=hosts
+    )
+    return list(found)
 
 
 def to_host(*tensors: torch.Tensor, behind: dist.Work | None = None) -> Callable[[], list[Any]]:
@@ -151,25 +195,20 @@ def add_up(rows: torch.Tensor, inverse: torch.Tensor | None, copies: int) -> tor
     return add_rows(rows, inverse, copies)
 
 
-@dataclass(frozen=True, eq=False)
-class Message:
-    """Rows on their way: ``rows`` are there when :meth:`arrived` returns them."""
-
-    rows: torch.Tensor
-    work: dist.Work
-
-    def arrived(self) -> torch.Tensor:
-        self.work.wait()
-        return self.rows
-
-
-def there(rows: torch.Tensor, traffic: Traffic, room: torch.Tensor | None = None) -> Message:
+def there(rows: torch.Tensor, traffic: Traffic, kind: Kind, room: torch.Tensor | None = None) -> Message:
     """Send the first s of ``rows`` [>= s, ...], laid out rank by rank: [m, ...], in ``room``. Collective."""
-    return _exchange(rows[: sum(traffic.sent)], traffic.sent, traffic.received, traffic.group, room)
+    rows = rows[: sum(traffic.sent)]
+    if traffic.peers is not None:
+        come = sum(traffic.received)
+        return traffic.peers.exchange(kind, rows, traffic.sent, traffic.starts("there"), come)
+    return _exchange(rows, traffic.sent, traffic.received, traffic.group, room)
 
 
-def back(rows: torch.Tensor, traffic: Traffic) -> Message:
+def back(rows: torch.Tensor, traffic: Traffic, kind: Kind) -> Message:
     """The way back of :func:`there`: ``rows`` [m, ...] -> [s, ...]. Collective."""
+    if traffic.peers is not None:
+        come = sum(traffic.sent)
+        return traffic.peers.exchange(kind, rows, traffic.received, traffic.starts("back"), come)
     return _exchange(rows, traffic.received, traffic.sent, traffic.group)
 
 
@@ -181,16 +220,15 @@ def _exchange(
     room: torch.Tensor | None = None,
 ) -> Message:
     out = rows.new_empty(sum(come), *rows.shape[1:]) if room is None else room
-    return Message(
-        out, dist.all_to_all_single(out, rows.contiguous(), come, leave, group=group, async_op=True)
-    )
+    work = dist.all_to_all_single(out, rows.contiguous(), come, leave, group=group, async_op=True)
+    return Message(out, work.wait)
 
 
 class Trip:
     """Messages of one pass and of its backward pass, from their sending until they are waited for."""
 
-    room: torch.Tensor
-    """Where tokens will be, [m, D]."""
+    room: torch.Tensor | None
+    """Where tokens will be, [m, D]; None: the way of the message knows."""
     tokens: Message
     sums: Message
     grad_sums: Message
@@ -205,7 +243,7 @@ class Trip:
 
     def send(self, tokens: torch.Tensor) -> None:
         """``tokens`` as :func:`lay_out` gives them. Collective."""
-        self.tokens = there(tokens, self.traffic, self.room)
+        self.tokens = there(tokens, self.traffic, "tokens", self.room)
         del self.room
 
 
@@ -249,7 +287,11 @@ class _Send(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(inverse)
         ctx.trip, trip.needed = trip, ctx.needs_input_grad[:2]
-        coming = x.new_empty(sum(trip.traffic.received), x.shape[1])
+        come = sum(trip.traffic.received)
+        if trip.traffic.peers is not None:  # there is room where they are written
+            trip.room = None
+            return x.new_empty(1, 1).expand(come, x.shape[1])
+        coming = x.new_empty(come, x.shape[1])
         trip.room = coming.detach()
         return coming
 
@@ -278,8 +320,8 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         ctx.trip.grads = [
-            back(grad, ctx.trip.traffic) if needed else None
-            for grad, needed in zip(grads, ctx.trip.needed, strict=True)
+            back(grad, ctx.trip.traffic, kind) if needed else None
+            for grad, needed, kind in zip(grads, ctx.trip.needed, _GRADIENTS, strict=True)
         ]
         return grads[0], None, None  # of this shape; those that count are on their way
 
@@ -288,7 +330,7 @@ class _SendBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sums: torch.Tensor, trip: Trip) -> torch.Tensor:
         ctx.trip = trip
-        trip.sums = back(sums, trip.traffic)
+        trip.sums = back(sums, trip.traffic, "sums")
         return sums
 
     @staticmethod
@@ -325,5 +367,6 @@ class _Answer(torch.autograd.Function):
         order, inverse = ctx.saved_tensors
         traffic = ctx.trip.traffic
         order = None if order is None else order[: sum(traffic.sent)]
-        ctx.trip.grad_sums = there(lay_out(grads[0], order, inverse, ctx.trip.copies), traffic)
+        laid_out = lay_out(grads[0], order, inverse, ctx.trip.copies)
+        ctx.trip.grad_sums = there(laid_out, traffic, "grad_sums")
         return grads[0], None, None, None

@@ -57,7 +57,7 @@ from rxt_dist.parallel.expert_messages import (
     to_host,
 )
 from rxt_dist.parallel.mesh import Mesh
-from rxt_dist.parallel.rooms import Rooms
+from rxt_dist.parallel.rooms import Rooms, Trial
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,10 +93,18 @@ class ExpertParallel(Experts):
     Args:
         whole: all experts; top_k: K.
         sizes: of the layers that a pass calls one after the other, in the order in which they are made.
+        trial: what tries passes; None: nobody does, and the host waits in every layer.
     """
 
     def __init__(
-        self, whole: Experts, top_k: int, mesh: Mesh, rank: int, group: dist.ProcessGroup, sizes: PassSizes
+        self,
+        whole: Experts,
+        top_k: int,
+        mesh: Mesh,
+        rank: int,
+        group: dist.ProcessGroup,
+        sizes: PassSizes,
+        trial: Trial | None = None,
     ) -> None:
         total, width, hidden = whole.w_out.shape
         held = mesh.experts_of(rank, total)
@@ -116,6 +124,7 @@ class ExpertParallel(Experts):
         self.all_travel = all_travel(total, top_k, mesh.expert_size)
         self._sizes, self._asks = sizes, sizes.add_layer()
         self.rooms = Rooms(min(top_k, len(held)))
+        self.trial = trial
 
     @property
     def held(self) -> range:
@@ -200,6 +209,8 @@ class ExpertParallel(Experts):
             return Traffic.start(leaving.counts, self.group)
         if self._asks:
             self._sizes.ask(x.shape[0], active=leaving.active)
+            choice = leaving.choices.shape[1] * leaving.choices.element_size()
+            self._sizes.open_peers(self.group, x.device, x.shape[1] * x.element_size(), choice)
         return lambda: self._sizes.traffic(self.group)
 
     def arrive(self, choices: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,7 +240,7 @@ class Meeting:
         rooms = traffic.rows
         if rooms is None and uses_triton(x):
             rooms = self._expected.of(self._tokens)
-        travelling = there(leaving.choices, traffic)
+        travelling = there(leaving.choices, traffic, "choices")
         self.own = ExpertOrder.of_some(leaving.chosen, self._held, rooms and rooms[0])
         self.weights, came = experts.arrive(travelling.arrived(), dtype)
         self.others = ExpertOrder.of_some(came, self._held, rooms and rooms[1])
@@ -240,19 +251,32 @@ class Meeting:
             self._counted = to_host(torch.cat([self.own.count, self.others.count]))
         if rooms is None:
             self.outgrown()
+        elif experts.trial is not None and self._counted is not None and experts.trial.defer(self._check()):
+            self._counted = None
+
+    def _check(self) -> Callable[[], bool]:
+        """What waits for the number of rows, and tells whether there is room for them."""
+        counted, expected, tokens, rooms = self._counted, self._expected, self._tokens, self._rooms
+        assert counted is not None
+        assert rooms is not None
+
+        def fits() -> bool:
+            (rows,) = counted()
+            expected.learn(tokens, rows)
+            return rows[0] <= rooms[0] and rows[1] <= rooms[1]
+
+        return fits
 
     def outgrown(self) -> bool:
         """Whether there are more rows than there is room for; then there is enough from now on. Here the host
-        waits for their number, unless it was told."""
-        if self._counted is None:
+        waits for their number, unless it was told, or will be asked at the end of the pass."""
+        if self._counted is None or (self._rooms is not None and self._check()()):
             return False
         (rows,) = self._counted()
-        self._expected.learn(self._tokens, rows)
         self._counted = None
         if self._rooms is None:
+            self._expected.learn(self._tokens, rows)
             self.own, self.others = self.own.first(rows[0]), self.others.first(rows[1])
-        elif rows[0] <= self._rooms[0] and rows[1] <= self._rooms[1]:
-            return False
         else:
             self.own, self.others = (
                 ExpertOrder.of_some(chosen, self._held, count)

@@ -16,12 +16,13 @@ from rxt_dist.model.layer import Layer
 from rxt_dist.model.memory_attention import StackedAttention
 from rxt_dist.model.moe import Experts, MoE
 from rxt_dist.parallel.collectives import set_data_group
-from rxt_dist.parallel.expert_messages import PassSizes
+from rxt_dist.parallel.expert_messages import PassSizes, told
 from rxt_dist.parallel.experts import ExpertParallel
 from rxt_dist.parallel.groups import MeshGroups, open_groups, open_hosts
 from rxt_dist.parallel.mesh import Mesh
 from rxt_dist.parallel.regions import summed
-from rxt_dist.parallel.spread_layer import SpreadLayer
+from rxt_dist.parallel.rooms import Trial
+from rxt_dist.parallel.spread_layer import SpreadDecoder, SpreadLayer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,13 +61,19 @@ def parallelize(model: RxTModel, mesh: Mesh, rank: int) -> None:
     if mesh.expert_size > 1:
         group = _expert_group(mesh, rank)
         hosts = open_hosts(mesh, rank)
+        # Ranks that share tensors would have to agree with everyone that one of them meets.
+        trial = Trial(lambda fits: all(told([int(fits)], hosts))) if mesh.tensor_size == 1 else None
         for layers in [part for part in model.modules() if isinstance(part, nn.ModuleList)]:
             sizes = PassSizes(hosts)
             for number, layer in enumerate(layers):
                 if isinstance(layer, Layer) and isinstance(layer.feed_forward, MoE):
                     moe = layer.feed_forward
-                    moe.experts = ExpertParallel(moe.experts, moe.config.top_k, mesh, rank, group, sizes)
+                    moe.experts = ExpertParallel(
+                        moe.experts, moe.config.top_k, mesh, rank, group, sizes, trial
+                    )
                     layers[number] = SpreadLayer(layer)
+        if trial is not None and any(part.all_travel for part in spread_experts(model)):
+            model.decoder = SpreadDecoder(model.decoder, trial)
     elif mesh.tensor_size > 1 and any(isinstance(part, MoE) for part in model.modules()):
         _expert_group(mesh, rank)  # of one rank each: their copies on all ranks sum gradients
     model.placement = Placement(mesh, rank, groups)  # type: ignore[assignment]

@@ -6,8 +6,11 @@ Shape legend: K experts of a token, e experts of this rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 _SPARE = 1.06
 _TIGHT, _WIDE = 0.98, 0.85
@@ -49,6 +52,44 @@ class Rooms:
             seen, share = number / count, self._shares[whose]
             if share is None or not _WIDE * share <= seen <= _TIGHT * share:
                 self._shares[whose] = _SPARE * seen
+
+
+class Trial:
+    """Passes in rooms of which only their end tells whether they were large enough.
+
+    Args:
+        agree: what all ranks of the expert group say, of what this one says: whether all say yes. Collective.
+    """
+
+    def __init__(self, agree: Callable[[bool], bool]) -> None:
+        self._agree = agree
+        self._checks: list[Callable[[], bool]] | None = None
+
+    def defer(self, fits: Callable[[], bool]) -> bool:
+        """Whether ``fits``, for which the host waits, will be asked at the end of the pass."""
+        if self._checks is None:
+            return False
+        self._checks.append(fits)
+        return True
+
+    def run(self, attempt: Callable[[], Result], undo: Callable[[], None]) -> Result:
+        """The result of ``attempt``; if a rank had too little room in it, then after ``undo`` that of another
+        one, for which rows are counted. Collective, where rows are not counted anyway."""
+        if _exact:
+            return attempt()
+        checks: list[Callable[[], bool]] = []
+        self._checks = checks
+        try:
+            result = attempt()
+        finally:
+            self._checks = None
+        found = [fits() for fits in checks]  # all of them, as each learns how many rows there were
+        if self._agree(all(found)):
+            return result
+        del result, checks
+        undo()
+        with exact_rooms():
+            return attempt()
 
 
 @contextmanager

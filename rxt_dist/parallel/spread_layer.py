@@ -1,4 +1,6 @@
-"""A layer whose experts are spread over ranks, compiled in two regions with the messages between them.
+"""A decoder whose experts are spread over ranks, and its layers.
+
+A layer is compiled in two regions with the messages between them.
 
 Shape legend: N tokens, D embedding width.
 """
@@ -12,10 +14,38 @@ from torch import nn
 
 from rxt_dist.kernels.compilation import compiled
 from rxt_dist.model.balance import RouterSums
+from rxt_dist.model.decoder import Decoder, DecoderOutput
 from rxt_dist.model.layer import Layer
 from rxt_dist.model.moe import MoE
 from rxt_dist.parallel.experts import Departure, ExpertParallel
+from rxt_dist.parallel.rooms import Trial
 from rxt_dist.parallel.stand_in import take_over
+
+
+class SpreadDecoder(Decoder):
+    """``whole``, in whose layers rows of experts get room before they are counted; stands where it stood.
+
+    In training, where all ranks make the same passes, the host asks at the end of one whether there was room
+    enough, and not in every layer: it gives the device work for a whole pass ahead.
+    """
+
+    def __init__(self, whole: Decoder, trial: Trial) -> None:
+        nn.Module.__init__(self)
+        take_over(self, whole)
+        self._trial = trial
+        self._mixtures = [part for part in whole.modules() if isinstance(part, MoE)]
+
+    def forward(self, *args: Any, **kwargs: Any) -> DecoderOutput:
+        if not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        loads = [part.loads for part in self._mixtures if part.loads is not None]
+        before = [one.clone() for one in loads]
+
+        def undo() -> None:
+            for one, value in zip(loads, before, strict=True):
+                one.copy_(value)
+
+        return self._trial.run(lambda: super(SpreadDecoder, self).forward(*args, **kwargs), undo)
 
 
 class SpreadLayer(Layer):

@@ -26,6 +26,7 @@ from rxt_dist.observe.logging import setup_logging
 from rxt_dist.observe.metrics import TrainState
 from rxt_dist.observe.metrics_file import EVALUATION_FILE, METRICS_FILE, truncate_after
 from rxt_dist.parallel.bootstrap import World, start_process_group, world_from_environment
+from rxt_dist.parallel.peers import set_peer_copies
 from rxt_dist.stages import dataset_store
 from rxt_dist.train.callbacks import Callback, CallbackList, MetricsLog, ProgressBar, PrometheusCallback
 from rxt_dist.train.datasets import check_splits, open_datasets, resolve
@@ -102,6 +103,7 @@ def _run(arguments: argparse.Namespace, world: World) -> None:
     check_splits(config, store)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     set_compile(config.runtime.compile, with_messages=config.parallel.tensor_size > 1)
+    set_peer_copies(config.runtime.peer_copies)
     set_attention_backend(config.runtime.attention_backend, world.device, dtype)
     tokenizer_folder = next(iter(opened.values())).tokenizer_folder()
     start_process_group(world, config.runtime.collective_timeout_seconds)

@@ -376,8 +376,8 @@ def exchange_back_and_forth(folder: Path) -> None:
     tokens = torch.tensor([[0, 2, 1], [0], [1, 0, 1, 1, 0, 0]][rank])  # the last is nobody's
     traffic = Traffic(group, sent, received, any_active=True, rows=None)
     x = (torch.arange(6.0) + 100 * rank).view(-1, 2)
-    came = there(x[tokens], traffic).arrived()
-    returned = back(came * (rank + 1), traffic).arrived()
+    came = there(x[tokens], traffic, "tokens").arrived()
+    returned = back(came * (rank + 1), traffic, "sums").arrived()
     torch.save({"there": came, "back": returned}, folder / f"{rank}.pt")
 
 
