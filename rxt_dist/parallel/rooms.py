@@ -5,19 +5,26 @@ Shape legend: K experts of a token, e experts of this rank.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 _SPARE = 1.06
 _TIGHT, _WIDE = 0.98, 0.85
 """Of the room, at which it becomes another one. In between it stays, and so do the sizes of memory."""
+_DECAY = 0.99
+"""In a pass that needs less: one that needs as much as before may follow."""
 _SPREAD = 4
 """Standard deviations, if every row were drawn by itself."""
 _ALIGNMENT = 128
+_PASSES, _MANY = 200, 20
 
 _exact = False
 
@@ -50,8 +57,10 @@ class Rooms:
             if not count:
                 continue
             seen, share = number / count, self._shares[whose]
-            if share is None or not _WIDE * share <= seen <= _TIGHT * share:
+            if share is None or seen > _TIGHT * share:
                 self._shares[whose] = _SPARE * seen
+            elif seen < _WIDE * share:
+                self._shares[whose] = _DECAY * share
 
 
 class Trial:
@@ -64,6 +73,9 @@ class Trial:
     def __init__(self, agree: Callable[[bool], bool]) -> None:
         self._agree = agree
         self._checks: list[Callable[[], bool]] | None = None
+        self._recent: deque[bool] = deque(maxlen=_PASSES)
+        """Whether passes were made twice, before somebody was told that many were."""
+        self._told = False
 
     def defer(self, fits: Callable[[], bool]) -> bool:
         """Whether ``fits``, for which the host waits, will be asked at the end of the pass."""
@@ -84,12 +96,26 @@ class Trial:
         finally:
             self._checks = None
         found = [fits() for fits in checks]  # all of them, as each learns how many rows there were
-        if self._agree(all(found)):
+        enough = self._agree(all(found))
+        self._note(twice=not enough)
+        if enough:
             return result
         del result, checks
         undo()
         with exact_rooms():
             return attempt()
+
+    def _note(self, *, twice: bool) -> None:
+        """Say it once if many passes are made twice."""
+        self._recent.append(twice)
+        if sum(self._recent) > _MANY and not self._told:
+            self._told = True
+            logger.warning(
+                "%d of the last %d passes of the decoder were made twice, as experts of a rank got more rows "
+                "than in those before: their loads change a lot (expert_load_max)",
+                sum(self._recent),
+                len(self._recent),
+            )
 
 
 @contextmanager

@@ -185,8 +185,8 @@ class TestOnGpu:
         for wait in (
             lambda: x.sum().item(),
             lambda: x[x > 0],  # may wait more than once
-            torch.cuda.synchronize,
-            torch.cuda.current_stream().synchronize,
+            lambda: torch.cuda.synchronize(),  # looked up when it is watched
+            lambda: torch.cuda.current_stream().synchronize(),
         ):
             with host_waits(CUDA) as found:
                 wait()
