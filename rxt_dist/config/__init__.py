@@ -16,23 +16,19 @@ from rxt_dist.config.model import (
     StmInitConfig,
 )
 from rxt_dist.config.run import (
-    STAGE_DATA,
     BatchConfig,
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     MetricsConfig,
-    OptimizerConfig,
-    OptimizerOverrides,
     ParallelConfig,
     PrometheusConfig,
     RunConfig,
     RuntimeConfig,
-    StageConfig,
-    UnfreezeConfig,
     ZeroConfig,
     stage_optimizer,
 )
+from rxt_dist.config.stage import STAGE_DATA, OptimizerConfig, OptimizerOverrides, StageConfig, UnfreezeConfig
 
 __all__ = [
     "CONFIG_FOLDER",

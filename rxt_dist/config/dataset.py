@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from rxt_dist.config.base import Problem
 from rxt_dist.config.model import SpecialTokens
 from rxt_dist.config.problems import explain
-from rxt_dist.config.run import DATA_KINDS, STAGE_DATA, DataKind, RunConfig
+from rxt_dist.config.run import RunConfig
+from rxt_dist.config.stage import DATA_KINDS, STAGE_DATA, DataKind
 from rxt_dist.errors import ConfigError
 
 TOKEN_NAMES = {

@@ -11,7 +11,8 @@ from rxt_dist.config.base import Problem, deep_merge
 from rxt_dist.config.mesh import accumulation_steps, micro_units, step_units
 
 if TYPE_CHECKING:
-    from rxt_dist.config.run import OptimizerConfig, RunConfig, StageConfig
+    from rxt_dist.config.run import RunConfig
+    from rxt_dist.config.stage import OptimizerConfig, StageConfig
 
 PERSISTENT_ELEMENTS = 100_000
 """Parameters up to this size stay whole on every rank with ZeRO 3: a message for each would cost more than

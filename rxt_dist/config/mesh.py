@@ -10,7 +10,8 @@ from rxt_dist.config.model import AttentionConfig, ModelConfig
 from rxt_dist.errors import MeshError
 
 if TYPE_CHECKING:
-    from rxt_dist.config.run import RunConfig, StageConfig
+    from rxt_dist.config.run import RunConfig
+    from rxt_dist.config.stage import StageConfig
 
 
 class StepUnits(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rxt_dist.config import RunConfig, StageConfig
-from rxt_dist.config.run import STAGE_DATA, StageName
+from rxt_dist.config.stage import STAGE_DATA, StageName
 from rxt_dist.data.conversations import MixedConversations
 from rxt_dist.data.manifest import Split
 from rxt_dist.data.mixing import MixedPieces

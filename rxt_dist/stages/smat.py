@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from rxt_dist.config import RunConfig, StageConfig
-from rxt_dist.config.run import COMPONENTS
+from rxt_dist.config.stage import COMPONENTS
 from rxt_dist.data.lane_loader import LaneInteractions, WindowBatch, side_by_side
 from rxt_dist.kernels.compilation import recording
 from rxt_dist.kernels.permute import take_rows

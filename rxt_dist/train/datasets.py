@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rxt_dist.config import RunConfig, resolve_dataset
-from rxt_dist.config.run import DATA_KINDS, STAGE_DATA
+from rxt_dist.config.stage import DATA_KINDS, STAGE_DATA
 from rxt_dist.data.files import DatasetFiles
 from rxt_dist.data.manifest import SPLITS
 from rxt_dist.data.store import DatasetStore

@@ -14,7 +14,8 @@ from rxt_dist.checkpoint import CheckpointReader, TrainerState
 from rxt_dist.checkpoint.fragments import Fragment
 from rxt_dist.config import RunConfig, SpecialTokens, StageConfig
 from rxt_dist.config.mesh import micro_units
-from rxt_dist.config.run import ANSWER_STAGES, stage_window
+from rxt_dist.config.run import stage_window
+from rxt_dist.config.stage import ANSWER_STAGES
 from rxt_dist.data.conversations import Conversations, MixedConversations, conversation_datasets
 from rxt_dist.data.lane_loader import LaneLoader, WindowBatch, WindowStep
 from rxt_dist.data.lanes import LaneState

@@ -27,7 +27,8 @@ from rxt_dist.config import (
     stage_optimizer,
 )
 from rxt_dist.config.mesh import step_units
-from rxt_dist.config.run import ANSWER_STAGES, stage_window
+from rxt_dist.config.run import stage_window
+from rxt_dist.config.stage import ANSWER_STAGES
 from rxt_dist.model.model import empty_model
 from rxt_dist.model.moe import MoE
 from rxt_dist.parallel.dispatch import travelling

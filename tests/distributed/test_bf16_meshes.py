@@ -1,4 +1,5 @@
-"""bf16 on two ranks that share tensors or experts, against one rank; on the CPU, and on two GPUs with NCCL.
+"""bf16 on two ranks that share tensors or experts, against one rank: on the CPU, on two GPUs with NCCL, and
+with gloo on one GPU that both have.
 
 Sums over ranks round partial results, and a token near the border of two experts may change sides, so that
 runs drift apart slowly. Measured on the CPU: losses to 1.7e-4 of the larger of loss and 1, norms to 4.3e-4.
@@ -14,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.datasets import Datasets
-from helpers.launch import deepspeed, run_ranks
-from helpers.runs import arguments, metrics, relative
+from helpers.launch import REPOSITORY, deepspeed, run_ranks, shell
+from helpers.runs import arguments, metrics, relative, untimed
 
 LOSS_BOUND, NORM_BOUND = 1e-3, 5e-3
 SETTINGS: dict[str, Any] = {
@@ -38,16 +39,25 @@ COMPILED = {
     "compiled tensors": MESHES["tensors"] | {"runtime.compile": True},
     "compiled, all divided": MESHES["divided tokens"] | {"parallel.expert_size": 2, "runtime.compile": True},
 }
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-        ],
-    ),
-]
+COPIED = {
+    "copied": MESHES["experts"] | {"runtime.peer_copies": True},
+    "compiled, copied": MESHES["experts"] | {"runtime.peer_copies": True, "runtime.compile": True},
+}
+"""Ranks write tokens into each other's memory, on GPUs only."""
+GPUS = {
+    name: [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {name}")]
+    for name, count in (("two GPUs", 2), ("one GPU", 1))
+}
+
+
+def cases() -> list[Any]:
+    """Devices and meshes. PyTorch crashes where gloo brings sums over ranks to compiled code on a GPU."""
+    found = [pytest.param("cpu", mesh) for mesh in MESHES]
+    found += [pytest.param("cpu", mesh, marks=pytest.mark.slow) for mesh in COMPILED]
+    found += [pytest.param("two GPUs", mesh, marks=GPUS["two GPUs"]) for mesh in MESHES | COMPILED | COPIED]
+    return found + [pytest.param("one GPU", mesh, marks=GPUS["one GPU"]) for mesh in MESHES | COPIED]
+
+
 Runs = Callable[[str, int, str], list[dict[str, Any]]]
 
 
@@ -58,20 +68,23 @@ def logged(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> Runs
     @cache
     def found(device: str, ranks: int, mesh: str) -> list[dict[str, Any]]:
         folder: Path = tmp_path_factory.mktemp("bf16")
-        command = arguments(datasets, "run", SETTINGS | ((MESHES | COMPILED)[mesh] if ranks > 1 else {}))
-        if device == "cuda":
-            deepspeed(ranks, command, folder, timeout=600.0, gpus=True).check()
+        shared = (MESHES | COPIED | COMPILED)[mesh] if ranks > 1 else {}
+        command = arguments(datasets, "run", SETTINGS | shared)
+        if device == "cpu":
+            result = run_ranks(ranks, command, folder, timeout=900.0).check()
+        elif device == "two GPUs":
+            result = deepspeed(ranks, command, folder, timeout=600.0, gpus=True).check()
         else:
-            run_ranks(ranks, command, folder, timeout=900.0).check()
+            program = str(REPOSITORY / "tests" / "helpers" / "one_gpu.py")
+            launcher = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), program]
+            result = shell([*launcher, *command], folder, timeout=600.0, gpus=True).check()
+        assert "brings tokens to experts" not in result.output  # which would say that copies were not made
         return metrics(folder / "run")
 
     return found
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "mesh", [*MESHES, *(pytest.param(name, marks=pytest.mark.slow) for name in COMPILED)]
-)
+@pytest.mark.parametrize(("device", "mesh"), cases())
 def test_two_ranks_follow_one_rank_up_to_rounding(logged: Runs, device: str, mesh: str) -> None:
     alone, together = logged(device, 1, "alone"), logged(device, 2, mesh)
     assert len(alone) == len(together) == 10
@@ -83,3 +96,9 @@ def test_two_ranks_follow_one_rank_up_to_rounding(logged: Runs, device: str, mes
             assert abs(own[name] - reference[name]) <= bound, (own["step"], name)
         assert relative(own["grad_norm"], reference["grad_norm"]) <= NORM_BOUND, own["step"]
     assert together != alone
+
+
+@pytest.mark.parametrize("device", [pytest.param(name, marks=marks) for name, marks in GPUS.items()])
+def test_copies_bring_what_messages_bring(logged: Runs, device: str) -> None:
+    copied, sent = logged(device, 2, "copied"), logged(device, 2, "experts")
+    assert untimed(copied) == untimed(sent)

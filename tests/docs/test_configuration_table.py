@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from rxt_dist.config import RunConfig, StageConfig
 from rxt_dist.config.describe import configuration_table
-from rxt_dist.config.run import STAGE_DATA
+from rxt_dist.config.stage import STAGE_DATA
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "configuration-fields.md"

@@ -12,7 +12,7 @@ from helpers.lanes import MemoryPieces, lane_config, lane_model, lane_module, ra
 from stage_samples import batch_of, run_config, sample_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from rxt_dist.config.run import ANSWER_STAGES
+from rxt_dist.config.stage import ANSWER_STAGES
 from rxt_dist.kernels import attention as attention_kernel
 from rxt_dist.kernels import cross_entropy, grouped_gemm
 from rxt_dist.kernels.attention import AttentionLayout
