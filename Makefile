@@ -7,6 +7,8 @@ PYTHON ?= python3 python3.13 python3.12 python3.11
 # Where the CPU build of torch is published; configured package indexes and mirrors are used as well.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
+# Tests of different files at once; with PYTEST_ARGS="-n 0 --pdb" the debugger can be used.
+PYTEST := -m pytest -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -36,11 +38,11 @@ test test-all: export DS_ACCELERATOR := cpu
 test test-all: export CUDA_VISIBLE_DEVICES :=
 test test-all: export OMP_NUM_THREADS := 1
 
-test: $(READY) ## unit tests and a covering part of every matrix (14 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+test: $(READY) ## unit tests and a covering part of every matrix (11 minutes on 2 cores)
+	$(BIN)/python $(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-all: $(READY) ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(READY) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

@@ -87,12 +87,14 @@ def test_lanes_against_the_schedule(folder: Path, talk: list[list[int]]) -> None
 
 
 def test_planning_is_measured() -> None:
+    np.ones(1 << 21)  # glibc keeps up to twice as much from here on when it is freed
     counts = synthetic_counts(20_000)
     assert counts.min() == 1
     assert counts.max() > 50
-    found = bench_planning(counts, lanes=64, window=4)
-    assert 0 < found.slowest_call < found.seconds
-    assert found.memory > 8 * len(counts)  # at least the permutation
+    for _ in range(2):
+        found = bench_planning(counts, lanes=64, window=4)
+        assert 0 < found.slowest_call < found.seconds
+        assert found.memory > 8 * len(counts)  # at least the permutation
 
 
 def lanes_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
