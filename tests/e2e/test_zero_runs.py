@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.datasets import Datasets
-from helpers.launch import run_ranks
+from helpers.launch import PROGRAM, REPOSITORY, run_ranks
 from helpers.runs import (
     arguments,
     checkpoints,
@@ -149,3 +149,28 @@ def test_its_checkpoints_are_evaluated_in_one_process(whole: dict[str, Path]) ->
         for name, value in found.items():
             if isinstance(value, float):
                 assert value == pytest.approx(record[name], rel=1e-5), (record["stage"], name)
+
+
+def test_kernels_of_gpus_find_cut_weights_whole(datasets: Datasets, tmp_path: Path) -> None:
+    """Kernels take the weights of several modules at once, which ZeRO 3 gathers module by module."""
+    interpreter = REPOSITORY / "tests" / "helpers" / "interpreted.py"
+    short = {
+        "precision": "bf16",
+        "batch.packs": 2,
+        "batch.lanes": 2,
+        "stages": "[{name: joint_lm, steps: 2}, {name: memory_attention, steps: 2}, {name: smat, steps: 2}]",
+        "evaluation.max_packs": 1,
+        "evaluation.max_conversations": 2,
+        "evaluation.samples": 0,
+    }
+    found = {}
+    for name, program, own in (
+        ("operators", PROGRAM, {}),
+        ("kernels", interpreter, {}),
+        ("kernels, cut", interpreter, CUT),
+    ):
+        command = arguments(datasets, "run", SETTINGS | short | own)
+        run_ranks(2, command, tmp_path / name, timeout=600.0, program=program).check()
+        found[name] = untimed(metrics(tmp_path / name / "run"))
+    assert_close(found["kernels, cut"], found["kernels"], "metrics")
+    assert found["kernels"] != found["operators"]  # the kernels have run

@@ -124,8 +124,10 @@ def environment(*, gpus: bool = False) -> dict[str, str]:
     return values
 
 
-def start_ranks(count: int, arguments: list[str], folder: Path, *, launcher: bool = True) -> Ranks:
-    """Start ``count`` ranks in the working folder ``folder``; see the module's description.
+def start_ranks(
+    count: int, arguments: list[str], folder: Path, *, launcher: bool = True, program: Path = PROGRAM
+) -> Ranks:
+    """Start ``count`` ranks of ``program`` in the working folder ``folder``; see the module's description.
 
     Without ``launcher`` the variables of a launcher are not set: a single process is a world of one.
     """
@@ -139,7 +141,7 @@ def start_ranks(count: int, arguments: list[str], folder: Path, *, launcher: boo
     processes = []
     for rank in range(count):
         variables = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if launcher else {})
-        processes.append(_fork(_run_program, (arguments, variables, folder, log)))
+        processes.append(_fork(_run_program, (program, arguments, variables, folder, log)))
     return Ranks(processes, log)
 
 
@@ -165,22 +167,25 @@ def run_ranks(
     timeout: float = TIMEOUT_SECONDS,
     *,
     launcher: bool = True,
+    program: Path = PROGRAM,
 ) -> Result:
-    """Run the program on ``count`` ranks to its end."""
-    with start_ranks(count, arguments, folder, launcher=launcher) as ranks:
+    """Run ``program`` on ``count`` ranks to its end."""
+    with start_ranks(count, arguments, folder, launcher=launcher, program=program) as ranks:
         return ranks.wait(timeout)
 
 
-def _run_program(arguments: list[str], variables: Mapping[str, str], folder: Path, log: Path) -> None:
-    """What a forked rank does instead of ``python launch/train.py ARGUMENTS``."""
+def _run_program(
+    program: Path, arguments: list[str], variables: Mapping[str, str], folder: Path, log: Path
+) -> None:
+    """What a forked rank does instead of ``python PROGRAM ARGUMENTS``."""
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
     stream = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    sys.argv = [str(PROGRAM), *arguments]
-    runpy.run_path(str(PROGRAM), run_name="__main__")
+    sys.argv = [str(program), *arguments]
+    runpy.run_path(str(program), run_name="__main__")
 
 
 def deepspeed(
