@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,9 +17,12 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 
 def run_make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Without what a ``make test`` around it was called with."""
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "VENV", "PYTHON")
     return subprocess.run(
         ["make", *arguments],
         cwd=folder,
+        env={name: value for name, value in os.environ.items() if name not in outer},
         capture_output=True,
         text=True,
         check=False,
