@@ -21,7 +21,9 @@ if HAS_TRITON:
 def initial_stm(config: ModelConfig, seed: int) -> torch.Tensor:
     """The memory that all conversations of a run with ``seed`` start from where they share one, and that a
     decoder reads which trains alone: fp32 [L, 1, S, D] on the CPU."""
-    return draw_stm(config, torch.tensor([signed_key(derive_key(seed, "stm"))]))
+    # Drawn once: not worth what compiling for a CPU costs.
+    with torch.compiler.set_stance("force_eager"):
+        return draw_stm(config, torch.tensor([signed_key(derive_key(seed, "stm"))]))
 
 
 def draw_stm(config: ModelConfig, keys: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""bf16 on two ranks that share tensors or experts, against one rank: on the CPU, on two GPUs with NCCL, and
-with gloo on one GPU that both have.
+"""bf16 on two ranks that share tensors, experts or state, against one rank: on the CPU, on two GPUs with
+NCCL, and with gloo on one GPU that both have.
 
 Sums over ranks round partial results, and a token near the border of two experts may change sides, so that
 runs drift apart slowly. Measured on the CPU: losses to 1.7e-4 of the larger of loss and 1, norms to 4.3e-4.
@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers.datasets import Datasets
 from helpers.launch import REPOSITORY, deepspeed, run_ranks, shell
-from helpers.runs import arguments, metrics, relative, untimed
+from helpers.runs import CUT, OFFLOADED, arguments, metrics, relative, untimed
 
 LOSS_BOUND, NORM_BOUND = 1e-3, 5e-3
 SETTINGS: dict[str, Any] = {
@@ -44,6 +44,13 @@ COPIED = {
     "compiled, copied": MESHES["experts"] | {"runtime.peer_copies": True, "runtime.compile": True},
 }
 """Ranks write tokens into each other's memory, on GPUs only."""
+ZERO: dict[str, dict[str, Any]] = {
+    "cut weights": CUT,
+    "cut weights, offloaded": CUT | OFFLOADED,
+    "offloaded": OFFLOADED | {"zero.stage": 2},
+    "compiled, offloaded": OFFLOADED | {"runtime.compile": True},
+}
+"""On GPUs only; test_zero3_parity.py and e2e/test_zero_runs.py are for the CPU."""
 GPUS = {
     name: [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {name}")]
     for name, count in (("two GPUs", 2), ("one GPU", 1))
@@ -54,8 +61,10 @@ def cases() -> list[Any]:
     """Devices and meshes. PyTorch crashes where gloo brings sums over ranks to compiled code on a GPU."""
     found = [pytest.param("cpu", mesh) for mesh in MESHES]
     found += [pytest.param("cpu", mesh, marks=pytest.mark.slow) for mesh in COMPILED]
-    found += [pytest.param("two GPUs", mesh, marks=GPUS["two GPUs"]) for mesh in MESHES | COMPILED | COPIED]
-    return found + [pytest.param("one GPU", mesh, marks=GPUS["one GPU"]) for mesh in MESHES | COPIED]
+    meshes = {"two GPUs": MESHES | COMPILED | COPIED | ZERO, "one GPU": MESHES | COPIED | ZERO}
+    return found + [
+        pytest.param(device, mesh, marks=GPUS[device]) for device, known in meshes.items() for mesh in known
+    ]
 
 
 Runs = Callable[[str, int, str], list[dict[str, Any]]]
@@ -68,7 +77,7 @@ def logged(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> Runs
     @cache
     def found(device: str, ranks: int, mesh: str) -> list[dict[str, Any]]:
         folder: Path = tmp_path_factory.mktemp("bf16")
-        shared = (MESHES | COPIED | COMPILED)[mesh] if ranks > 1 else {}
+        shared = (MESHES | COPIED | COMPILED | ZERO)[mesh] if ranks > 1 else {}
         command = arguments(datasets, "run", SETTINGS | shared)
         if device == "cpu":
             result = run_ranks(ranks, command, folder, timeout=900.0).check()

@@ -11,6 +11,8 @@ import torch
 from helpers.datasets import Datasets
 from helpers.launch import PROGRAM, REPOSITORY, run_ranks
 from helpers.runs import (
+    CUT,
+    OFFLOADED,
     arguments,
     checkpoints,
     evaluations,
@@ -47,13 +49,6 @@ SETTINGS: dict[str, Any] = {
     "checkpoint.keep_last": 100,
     "stages": f"[{', '.join(STAGES)}]",
 }
-# Most of so small a model would stay whole on every rank.
-CUT = {
-    "zero.stage": 3,
-    "deepspeed.zero_optimization": "{stage3_param_persistence_threshold: 700, stage3_max_reuse_distance: 0, "
-    "stage3_prefetch_bucket_size: 2000}",
-}
-OFFLOADED = {"zero.offload_optimizer": "cpu"}
 WHOLE: dict[str, tuple[int, dict[str, Any]]] = {
     "1 rank": (1, {}),
     "ZeRO 3": (2, CUT),

@@ -29,6 +29,14 @@ SMALL = {
 }
 """Settings that make a run of ``tiny`` short: 5 steps of each of the two text stages."""
 
+CUT: dict[str, Any] = {
+    "zero.stage": 3,
+    "deepspeed.zero_optimization": "{stage3_param_persistence_threshold: 700, stage3_max_reuse_distance: 0, "
+    "stage3_prefetch_bucket_size: 2000}",
+}
+"""ZeRO 3 that cuts weights of ``tiny`` too: most of so small a model would stay whole on every rank."""
+OFFLOADED: dict[str, Any] = {"zero.offload_optimizer": "cpu"}
+
 
 def arguments(
     datasets: Datasets, run_dir: Path | str, settings: dict[str, Any] | None = None, config: str = "tiny"

@@ -13,8 +13,10 @@ import torch._inductor.config as inductor
 import torch.fx.experimental._config as symbols
 from helpers.lanes import MemoryPieces, lane_config, lane_module, random_conversations, windows
 from helpers.launch import run_function
+from torch._dynamo.utils import counters
 
 from rxt_dist.kernels.compilation import compiled, compiled_kernel, compiles, recording, set_compile
+from rxt_dist.model.stm import initial_stm
 
 
 class Compiler:
@@ -96,6 +98,19 @@ def test_kernels_run_compiled_always(compiler: Compiler) -> None:
     set_compile(False)
     kernel(1.0)
     assert len(compiler.ran) == 1
+
+
+def test_a_memory_that_is_drawn_once_is_not_compiled() -> None:
+    model = lane_config(model__stm_init="{distribution: standard, shared: true}").model
+    expected = initial_stm(model, 3)
+    counters.clear()
+    set_compile(True)
+    try:
+        found = initial_stm(model, 3)
+    finally:
+        set_compile(False)
+    assert counters["stats"]["unique_graphs"] == 0
+    assert torch.equal(found, expected)
 
 
 def test_equal_sizes_are_not_taken_for_one_size(compiler: Compiler) -> None:
