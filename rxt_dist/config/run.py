@@ -183,8 +183,7 @@ class RuntimeConfig(Section):
     of few keys (256 with heads of 16 numbers, 128 with heads of 32), the next here for longer ones."""
     compile: bool = False
     """Compile the layers and the loss with torch.compile: faster steps after a start of about a minute, which
-    a later start on the same machine finds in the compiler's cache (TORCHINDUCTOR_CACHE_DIR). Needs bf16
-    and ZeRO 1 or 2."""
+    a later start on the same machine finds in the compiler's cache (TORCHINDUCTOR_CACHE_DIR). Needs bf16."""
     recompute: Literal["none", "interaction"] = "none"
     """What the backward pass of the memory stages computes again to save memory; interaction: everything but
     the STM between the interactions of a window."""
@@ -292,20 +291,10 @@ class RunConfig(Section):
         if backend in ("triton", "flash", "varlen") and self.precision != "bf16":
             valid = f"needs precision bf16, precision is {self.precision}; valid: auto, sdpa"
             problems.append(Problem("runtime.attention_backend", f"found {backend}; {valid}"))
-        if self.runtime.compile:
-            problems += self._compile_problems()
+        if self.runtime.compile and self.precision != "bf16":
+            message = f"found true; needs precision bf16, precision is {self.precision}; valid: false"
+            problems.append(Problem("runtime.compile", message))
         return problems
-
-    def _compile_problems(self) -> list[Problem]:
-        needs = {
-            f"precision bf16, precision is {self.precision}": self.precision == "bf16",
-            f"zero.stage 1 or 2, found {self.zero.stage}": self.zero.stage < 3,
-        }
-        return [
-            Problem("runtime.compile", f"found true; needs {need}; valid: false")
-            for need, met in needs.items()
-            if not met
-        ]
 
 
 def stage_window(config: RunConfig, stage: StageConfig) -> int:

@@ -22,7 +22,14 @@ from rxt_dist.parallel.parallelize import first_holders, placement, tag_paramete
 from rxt_dist.stages import StageModule
 from rxt_dist.stages.expert_balance import ExpertBalance
 from rxt_dist.train.flat_gradients import flatten_gradients
-from rxt_dist.train.partitioned import copy_weights, cut_weights, drop_weights, weights_not_kept
+from rxt_dist.train.partitioned import (
+    copy_weights,
+    cut_weights,
+    drop_weights,
+    gather_at_once,
+    reduce_each_gradient,
+    weights_not_kept,
+)
 from rxt_dist.train.shards import owned_shards, part_of_rank
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -84,6 +91,7 @@ class StageEngine:
         self.module = module
         if self._cuts_weights:
             cut_weights(module, deepspeed_config, device)
+            gather_at_once(module)
             module.zero_gradients = False  # its buckets hold what there is
         if experts & set(trainable):  # ZeRO refuses to be told of experts that it does not own
             _mark_experts(module, model)
@@ -94,6 +102,8 @@ class StageEngine:
             config=deepspeed_config,
             mpu=where.groups,
         )
+        if self._cuts_weights:
+            reduce_each_gradient(self.engine.optimizer)
         flatten_gradients(self.engine.optimizer)
         # Only now: placing the module on its device replaces buffers.
         self._buffers = dict(model.named_buffers())

@@ -1,7 +1,8 @@
 """Weights that ZeRO 3 cuts over the ranks: cutting them, whole copies, and what a graph keeps of them.
 
-DeepSpeed gathers the parameters of a module before its forward and its backward pass and drops them after it.
-So a parameter may be read in the forward pass of its own module only.
+DeepSpeed gathers the parameters of a module before its forward and its backward pass and drops them after it;
+of a layer, the memory write and a head all at once. So a parameter may be read in the forward pass of its own
+module only, and a part of those only in theirs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from rxt_dist.model.heads import MLMHead
+from rxt_dist.model.layer import Layer
+from rxt_dist.model.memory_attention import MemoryAttention
 
 
 def cut_weights(module: nn.Module, settings: Mapping[str, Any], device: torch.device) -> None:
@@ -30,6 +35,35 @@ def cut_weights(module: nn.Module, settings: Mapping[str, Any], device: torch.de
     deepspeed.zero.Init(module=module, config_dict_or_path=dict(settings))
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
+
+
+def gather_at_once(module: nn.Module) -> None:
+    """Have DeepSpeed gather what is compiled as a whole before it runs, instead of part by part: call before
+    the engine is made, and :func:`reduce_each_gradient` after it.
+
+    Its hooks on every part cost the host more than the parts, and a compiled layer could not stop for them.
+    """
+    import deepspeed
+
+    whole = [Layer, MemoryAttention, MLMHead]
+    deepspeed.utils.set_z3_leaf_modules(module, whole, raise_if_not_found=False)
+
+
+def reduce_each_gradient(optimizer: Any) -> None:
+    """Have DeepSpeed's ``optimizer`` sum gradients as they become ready.
+
+    It would sum those of a module that is gathered at once behind each of its backward passes, of which a
+    window of interactions has many.
+    """
+    for hook in (*optimizer._leaf_module_hooks, *optimizer._grad_acc_hooks):
+        hook.remove()
+    optimizer._leaf_module_hooks.clear()
+    optimizer._grad_acc_hooks.clear()
+    for group in optimizer.fp16_groups:
+        for parameter in group:
+            if hasattr(parameter, "ds_z3_leaf_module"):
+                del parameter.ds_z3_leaf_module
+    optimizer.create_reduce_and_remove_grad_hooks()
 
 
 @torch.no_grad()

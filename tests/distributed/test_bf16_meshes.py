@@ -46,6 +46,7 @@ COPIED = {
 """Ranks write tokens into each other's memory, on GPUs only."""
 ZERO: dict[str, dict[str, Any]] = {
     "cut weights": CUT,
+    "compiled, cut weights": CUT | {"runtime.compile": True},
     "cut weights, offloaded": CUT | OFFLOADED,
     "offloaded": OFFLOADED | {"zero.stage": 2},
     "compiled, offloaded": OFFLOADED | {"runtime.compile": True},
