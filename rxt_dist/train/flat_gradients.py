@@ -5,6 +5,8 @@ and binds every parameter anew after an update; where it reduces and where it cl
 device. With some hundred parameters the host is then slower than a GPU. Here a few operations treat all
 parameters of a group at once, and nothing waits.
 
+Where the optimizer is on the host, a partition of the gradients goes there in one copy.
+
 What is computed is the same: gradients of micro-batches are added up in the dtype of the weights, then over
 the ranks in the one of ``zero.reduce_dtype``. DeepSpeed's optimizer keeps its state and its update.
 """
@@ -65,8 +67,8 @@ class _Bucket:
 def flatten_gradients(zero: Any) -> bool:
     """Replace the work on single gradients of DeepSpeed's ZeRO optimizer, before its first step.
 
-    Returns whether that was possible; else ``zero`` works as before: with ZeRO 2 and 3, an optimizer on the
-    host, gradients that are averaged or go to one rank alone, or another version of DeepSpeed.
+    Returns whether that was possible; else ``zero`` works as before: with ZeRO 2 and 3, gradients that are
+    averaged or go to one rank alone, or another version of DeepSpeed.
     """
     from deepspeed import __version__
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -74,7 +76,7 @@ def flatten_gradients(zero: Any) -> bool:
     if not isinstance(zero, DeepSpeedZeroOptimizer) or zero.partition_gradients:
         return False
     to_one_rank = zero.reduce_scatter and not zero.use_multi_rank_bucket_allreduce
-    if zero.cpu_offload or zero.gradient_average or to_one_rank:
+    if zero.gradient_average or to_one_rank:
         return False
     if __version__ != KNOWN_VERSION:
         logger.warning("DeepSpeed %s: steps are slower than with %s", __version__, KNOWN_VERSION)
@@ -116,12 +118,17 @@ class _FlatGradients:
             assert group.flat is not None
             partition = group.flat[group.partition]
             group.flat, group.messages = None, []
+            if self._zero.cpu_offload:
+                on_host = self._zero.single_partition_of_fp32_groups[number].grad
+                on_host.copy_(partition, non_blocking=True)
+                self._zero._record_offload_copy()  # for which an update waits
             self._zero.averaged_gradients[number] = GradPartitionBufferGroup([partition], partition)
 
     def norm(self, norm_type: int = 2) -> torch.Tensor:
-        """Euclidean norm of all gradients of all ranks: fp32 scalar, not finite if one of them is not."""
+        """Euclidean norm of all gradients of all ranks: fp32 scalar on the optimizer's device, not finite if
+        one of them is not."""
         zero = self._zero
-        total = torch.zeros((), device=zero.device)
+        total = torch.zeros((), device=zero.bit16_groups_flat[0].device)
         for number, group in enumerate(self._groups):
             partition = zero.averaged_gradients[number].flat_partition
             if group.counted is None:
@@ -133,7 +140,7 @@ class _FlatGradients:
         for ranks in (zero.dp_process_group, *divided):
             if dist.get_world_size(ranks) > 1:
                 dist.all_reduce(total, group=ranks)
-        return total.sqrt()
+        return total.sqrt().to(zero.device)
 
     def clip(self, gradients: list[torch.Tensor], total_norm: torch.Tensor) -> None:
         """Scale ``gradients`` down to the clipping norm, if ``total_norm`` is above it.

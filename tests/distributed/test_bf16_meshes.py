@@ -48,10 +48,12 @@ ZERO: dict[str, dict[str, Any]] = {
     "cut weights": CUT,
     "compiled, cut weights": CUT | {"runtime.compile": True},
     "cut weights, offloaded": CUT | OFFLOADED,
-    "offloaded": OFFLOADED | {"zero.stage": 2},
+    "offloaded": OFFLOADED,
+    "ZeRO 2, offloaded": OFFLOADED | {"zero.stage": 2},
     "compiled, offloaded": OFFLOADED | {"runtime.compile": True},
 }
-"""On GPUs only; test_zero3_parity.py and e2e/test_zero_runs.py are for the CPU."""
+"""On GPUs; for the CPU, where only the compiled one is tried here, are test_zero3_parity.py and
+e2e/test_zero_runs.py."""
 GPUS = {
     name: [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {name}")]
     for name, count in (("two GPUs", 2), ("one GPU", 1))
@@ -61,7 +63,9 @@ GPUS = {
 def cases() -> list[Any]:
     """Devices and meshes. PyTorch crashes where gloo brings sums over ranks to compiled code on a GPU."""
     found = [pytest.param("cpu", mesh) for mesh in MESHES]
-    found += [pytest.param("cpu", mesh, marks=pytest.mark.slow) for mesh in COMPILED]
+    found += [
+        pytest.param("cpu", mesh, marks=pytest.mark.slow) for mesh in (*COMPILED, "compiled, cut weights")
+    ]
     meshes = {"two GPUs": MESHES | COMPILED | COPIED | ZERO, "one GPU": MESHES | COPIED | ZERO}
     return found + [
         pytest.param(device, mesh, marks=GPUS[device]) for device, known in meshes.items() for mesh in known

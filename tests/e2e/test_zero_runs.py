@@ -53,6 +53,7 @@ WHOLE: dict[str, tuple[int, dict[str, Any]]] = {
     "1 rank": (1, {}),
     "ZeRO 3": (2, CUT),
     "ZeRO 3, offloaded": (2, CUT | OFFLOADED | {"batch.micro_packs": 1, "batch.micro_lanes": 1}),
+    "ZeRO 1, offloaded": (2, OFFLOADED),
     "ZeRO 2, offloaded": (2, OFFLOADED | {"zero.stage": 2}),
 }
 
@@ -123,7 +124,7 @@ def test_a_run_goes_on_from_zero_3_to_1_and_back(
     assert_same_path(tmp_path / "run", whole["1 rank"])
 
 
-@pytest.mark.parametrize("name", ["ZeRO 3, offloaded", "ZeRO 2, offloaded"])
+@pytest.mark.parametrize("name", ["ZeRO 3, offloaded", "ZeRO 2, offloaded", "ZeRO 1, offloaded"])
 @pytest.mark.parametrize("step", [4, 10])
 def test_a_run_resumed_as_it_was_ends_bit_by_bit_the_same(
     datasets: Datasets, whole: dict[str, Path], tmp_path: Path, name: str, step: int

@@ -37,6 +37,7 @@ from rxt_dist.train import flat_gradients
 
 RANKS = 2
 BF16, SMALL_BUCKETS = ("precision", "bf16"), ("zero.reduce_bucket_size", 3000)
+HOST = ("zero.offload_optimizer", "cpu")
 EARLY, LATE = ("zero.overlap_comm", True), ("zero.overlap_comm", False)
 CASES = {
     "bf16": Case("joint_lm", RANKS, 1, settings=(BF16, EARLY)),
@@ -48,6 +49,10 @@ CASES = {
         "smat, decoder joins", RANKS, 2, accumulation=2, settings=(SMALL_BUCKETS, EARLY)
     ),
     "tensors": Case("joint_lm", RANKS, 1, tensor_size=2, settings=(BF16,)),
+    "optimizer on the host": Case("joint_lm", RANKS, 1, accumulation=2, settings=(BF16, EARLY, HOST)),
+    "optimizer on the host, experts, a component that joins": Case(
+        "smat, decoder joins", RANKS, 2, settings=(SMALL_BUCKETS, LATE, HOST)
+    ),
 }
 OPTIMIZER = "AdamW"
 
@@ -175,6 +180,7 @@ def _left_alone(folder: Path) -> None:
     own = "deepspeed.zero_optimization"
     for zero, version, flat, settings in (
         (1, known, True, {}),
+        (1, known, True, {"zero.offload_optimizer": "cpu"}),
         (2, known, False, {}),
         (1, known, False, {f"{own}.use_multi_rank_bucket_allreduce": False}),
         (1, known, True, {f"{own}.use_multi_rank_bucket_allreduce": False, f"{own}.reduce_scatter": False}),

@@ -54,6 +54,7 @@ CASES += [
     (STAGES[1], {"zero.stage": 3, SMALL_ONES: 700, "precision": "bf16"}),
     (STAGES[2], {"zero.stage": 3, "deepspeed.zero_optimization.stage3_model_persistence_threshold": 5000}),
     (STAGES[2], {"zero.stage": 2, "zero.offload_optimizer": "cpu", "precision": "bf16"}),
+    (STAGES[0], {"zero.offload_optimizer": "cpu", "precision": "bf16"}),
 ]
 
 
