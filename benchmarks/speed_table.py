@@ -84,14 +84,16 @@ def run_call(
                 timeout=limit,
                 check=False,
             ).returncode
-            failure = f"exit code {code}" if code else ""
+            failure = f"exit code {code}: {_last_line(log)}" if code else ""
         except subprocess.TimeoutExpired:
-            failure = f"ended after {limit:.0f} s"
+            failure = f"stopped after {limit:.0f} s: no time"
     found = None if failure else json.loads(file.read_text(encoding="utf-8"))
-    if failure:
-        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-        failure += ": " + next((line.strip() for line in reversed(lines) if line.strip()), "no output")
     return Outcome(call, time.monotonic() - started, found, failure)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
 def run_calls(

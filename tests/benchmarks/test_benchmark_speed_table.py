@@ -74,7 +74,7 @@ def test_calls_run_until_the_time_is_over(tmp_path: Path, capsys: pytest.Capture
 def test_what_time_does_not_allow_is_left_out_or_ended(tmp_path: Path) -> None:
     calls = [Call("slow", "tiny", SMALL, ("16", "16")), Call("late", "tiny", SMALL, ("16", "16"))]
     slow, late = run_calls(calls, OPTIONS, [""], tmp_path, seconds=1.5, most=1.0, report=lambda outcome: None)
-    assert slow.failure.startswith("ended after 1 s")
+    assert slow.failure == "stopped after 1 s: no time"
     assert late.failure == "left out: no time"
     assert (slow.found, late.found) == (None, None)
 
