@@ -5,7 +5,8 @@ and binds every parameter anew after an update; where it reduces and where it cl
 device. With some hundred parameters the host is then slower than a GPU. Here a few operations treat all
 parameters of a group at once, and nothing waits.
 
-Where the optimizer is on the host, a partition of the gradients goes there in one copy.
+Where the optimizer is on the host, a partition of the gradients goes there in one copy, for which an update
+waits.
 
 What is computed is the same: gradients of micro-batches are added up in the dtype of the weights, then over
 the ranks in the one of ``zero.reduce_dtype``. DeepSpeed's optimizer keeps its state and its update.

@@ -1,8 +1,8 @@
 """Weights that ZeRO 3 cuts over the ranks: cutting them, whole copies, and what a graph keeps of them.
 
 DeepSpeed gathers the parameters of a module before its forward and its backward pass and drops them after it;
-of a layer, the memory write and a head all at once. So a parameter may be read in the forward pass of its own
-module only, and a part of those only in theirs.
+those of a layer, of the memory write and of a head with all their parts. So a parameter may be read in the
+forward pass of the module only with which it is gathered.
 """
 
 from __future__ import annotations

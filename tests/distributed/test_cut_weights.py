@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from rxt_dist.kernels.compilation import set_compile
 from rxt_dist.model import build_model
+from rxt_dist.model.layer import Layer
 from rxt_dist.model.model import empty_model
 from rxt_dist.stages import build_stage
 from rxt_dist.train.engine import StageEngine
@@ -45,7 +46,8 @@ CASES = {
 
 
 QUICK = ("text", "window")
-PARAMETERS = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES]
+PARAMETERS = [pytest.param(name, id=name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES]
+KEEPING = [name for name, case in CASES.items() if KEPT in case.settings]
 Measured = Callable[[str], list[dict[str, Any]]]
 
 
@@ -119,7 +121,9 @@ def measure(folder: Path, names: list[str]) -> None:
                         loss, *_ = engine.forward(batch, counts, stm)
                     alive = sum(not storage.expired() for storage in storages)
                     engine.backward_and_step(loss)
-        found[name] = {"sent": sent, "gathered": len(storages), "alive": alive}
+        layers = [part for part in engine.module.modules() if isinstance(part, Layer)]
+        hooks = [[len(part._forward_pre_hooks) for part in layer.modules()] for layer in layers]
+        found[name] = {"sent": sent, "gathered": len(storages), "alive": alive, "hooks": hooks}
         engine.close()
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
@@ -148,11 +152,21 @@ def test_the_plan_counts_what_ranks_send(measured: Measured, name: str) -> None:
             assert stage["communication_bytes"][kind] == pytest.approx(size, rel=0.02), kind
 
 
-@pytest.mark.parametrize("name", [p for p in PARAMETERS if "kept" not in str(p.values[0])])
+@pytest.mark.parametrize("name", [p for p in PARAMETERS if p.id not in KEEPING])
 def test_a_graph_does_not_keep_gathered_weights(measured: Measured, name: str) -> None:
     for found in measured(name):
         assert found["gathered"] > 50
         assert found["alive"] == 0
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_layer_is_gathered_at_once(measured: Measured, name: str) -> None:
+    """Not part by part, each with hooks of its own."""
+    for found in measured(name):
+        assert found["hooks"]
+        for layer, *parts in found["hooks"]:
+            assert layer > 0
+            assert parts == [0] * len(parts)
 
 
 def check_evaluation_and_end(folder: Path) -> None:

@@ -148,7 +148,7 @@ def test_its_checkpoints_are_evaluated_in_one_process(whole: dict[str, Path]) ->
 
 
 def test_kernels_of_gpus_find_cut_weights_whole(datasets: Datasets, tmp_path: Path) -> None:
-    """Kernels take the weights of several modules at once, which ZeRO 3 gathers module by module."""
+    """Kernels take the weights of several modules at once, outside of the forward passes of these."""
     interpreter = REPOSITORY / "tests" / "helpers" / "interpreted.py"
     short = {
         "precision": "bf16",

@@ -365,7 +365,9 @@ def test_the_installed_deepspeed_is_the_known_one() -> None:
     assert deepspeed.__version__ == flat_gradients.KNOWN_VERSION
     step = inspect.getsource(DeepSpeedZeroOptimizer.step)
     for call in (
+        "self._wait_for_offload_copies()",
         "self.scaled_global_norm()",
+        "single_grad_partition = self.single_partition_of_fp32_groups[i].grad",
         "self._get_preflattened_grad_partition(i)",
         "self.unscale_and_clip_grads([single_grad_partition], scaled_global_grad_norm)",
         "self._update_model_bit16_weights(i)",
